@@ -1,0 +1,1 @@
+"""Checkpoints: export in Hugging Face layout, verification, manifest, publishing."""

@@ -1,0 +1,80 @@
+"""`llmft generate CHECKPOINT PROMPT`: an answer from a checkpoint, prompted as it was trained."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmft_core.cli.flags import Parser
+from llmft_core.cli.reach import reach
+from llmft_core.errors import InputError
+
+PROG = "llmft generate"
+
+
+def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
+    """Returns the exit code; raises LlmftError."""
+    parser = Parser(
+        prog=PROG,
+        usage=f"{PROG} CHECKPOINT PROMPT [flags]",
+        description="Answer a prompt from a complete checkpoint, prompted as it was trained.",
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="folder or URI of a checkpoint")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens [256]")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token always [0]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling [0]")
+    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    reached = reach(parser, argv, environ, folder, check_flags)
+    if reached is None:
+        return 0
+    own, places = reached
+    from llmft_core.checkpoint.stored import pull, read_manifest
+
+    place = places.place(own.checkpoint)
+    read_manifest(place)  # refuses what is not complete
+    local = Path(own.checkpoint)
+    if local.is_dir():
+        print(answer(local, own))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="llmft-generate-") as scratch:
+        pull(place, Path(scratch) / "checkpoint")
+        print(answer(Path(scratch) / "checkpoint", own))
+    return 0
+
+
+def check_flags(own: argparse.Namespace) -> None:
+    """Raises InputError."""
+    if not own.checkpoint or not own.prompt:
+        raise InputError(f"generate needs a checkpoint and a prompt: {PROG} CHECKPOINT 'PROMPT'")
+    if own.max_new_tokens < 1 or own.temperature < 0:
+        raise InputError("--max-new-tokens is at least 1 and --temperature at least 0")
+
+
+def answer(folder: Path, args: argparse.Namespace) -> str:
+    """The model's answer to one prompt, its special tokens left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    if tokenizer.chat_template and not args.raw:
+        messages = [{"role": "user", "content": args.prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    else:
+        ids = tokenizer(args.prompt, return_tensors="pt").input_ids
+    torch.manual_seed(args.seed)
+    settings: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
+    if args.temperature > 0:
+        settings["temperature"] = args.temperature
+    ids = ids.to(device)
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, **settings)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(text).strip()

@@ -1,0 +1,1 @@
+"""Rows → conversations → encoded examples → a token cache → micro-batches."""

@@ -1,0 +1,144 @@
+"""Files → token tables in the cache, before any training process exists; the workers only open the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmft_core.data.build import Build, refuse_loss
+from llmft_core.data.encode import ENCODER_VERSION, Encoder
+from llmft_core.data.report import DataReport, SplitReport
+from llmft_core.data.sources import find_sources
+from llmft_core.data.tables import TokenTable
+from llmft_core.errors import InputError, LlmftError
+from llmft_core.extensions import DatasetFormat, SourceOptions, Split
+from llmft_core.plan import RunPlan
+
+if TYPE_CHECKING:
+    from llmft_core.storage.places import Places
+
+__all__ = ["DataReport", "PreparedData", "SplitReport", "TokenTable", "prepare"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The token tables of a run, and what became of the rows. `digest` names the folder: equal digests, equal rows."""
+
+    folder: Path
+    report: DataReport
+    train: TokenTable
+    test: TokenTable | None
+
+    @property
+    def digest(self) -> str:
+        """The key of the cache, 64 hexadecimal digits."""
+        return self.report.digest
+
+    @classmethod
+    def open(cls, folder: Path) -> PreparedData:
+        """From the folder alone, as workers do. Raises LlmftError where it is not whole."""
+        try:
+            report = DataReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            tables = {split: TokenTable(folder / split, one.source) for split, one in report.splits.items()}
+            return cls(folder, report, tables["train"], tables.get("test"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LlmftError(
+                f"the token cache {folder} is damaged ({type(error).__name__}: {error}): remove that folder and start "
+                "again, and it is made anew"
+            ) from error
+
+
+def prepare(
+    dataset: DatasetFormat, plan: RunPlan, tokenizer: Any, fingerprint: str, places: Places | None, cache: Path
+) -> PreparedData:
+    """Read, check and encode all rows of all splits into `cache/data/<key>/{train,test}`; a second call with the same
+    bytes, tokenizer and options only hashes the sources.
+
+    `tokenizer` has the format's special tokens; `fingerprint` stands for what it does to text. Raises Problems with
+    all rows that cannot be used, InputError for missing or empty sources and for too many rows dropped or cut,
+    LlmftError where the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    sources = find_sources(dataset, places)
+    fraction = plan.data.validation_fraction
+    if "test" in sources and fraction > 0:
+        raise InputError(
+            f"--data.validation-fraction {fraction:g}: there are test rows already ({sources['test'].name}); leave it "
+            "out, or give the training rows alone with --dataset.train FILE"
+        )
+    encoder = Encoder(
+        tokenizer, plan.data.train_on, plan.context_length, plan.data.on_long, tags=dataset.special_tokens
+    )
+    digests = {split: source.digest() for split, source in sources.items()}
+    key = cache_key(dataset, plan, encoder, fingerprint, digests)
+    folder = cache / "data" / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{key}.lock")):
+            if not folder.exists():
+                Build(dataset, plan, encoder, sources, digests, key).write(folder)
+    except OSError as error:  # the sources' own errors are InputErrors already
+        raise LlmftError(
+            f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
+            "that is yours and has room"
+        ) from error
+    data = PreparedData.open(folder)
+    # The same bytes may have been read from elsewhere the first time.
+    names = {split: sources.get(split, sources["train"]).name for split in data.report.splits}
+    splits = {split: _renamed(one, names[split]) for split, one in data.report.splits.items()}
+    data.train.source = names["train"]
+    if data.test is not None:
+        data.test.source = names["test"]
+    for split in sources:
+        # Rows held out of the training rows are no source of their own.
+        parts = list(splits.values()) if fraction > 0 else [splits[split]]
+        read, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
+        refuse_loss(split, read, dropped, cut, max(part.longest_read for part in parts), plan)
+    return replace(data, report=replace(data.report, splits=splits))
+
+
+def cache_key(
+    dataset: DatasetFormat, plan: RunPlan, encoder: Encoder, fingerprint: str, digests: Mapping[Split, str]
+) -> str:
+    """SHA-256 of all that the tables depend on: what is read, by which code, with which tokenizer and options. Not
+    where it is read from."""
+    options = dataset.options.model_dump(mode="json", by_alias=True)
+    if isinstance(dataset.options, SourceOptions):
+        options = {name: value for name, value in options.items() if name not in ("source", "train", "test")}
+    backend = encoder.tokenizer.backend_tokenizer
+    fraction = plan.data.validation_fraction
+    parts = {
+        "encoder": ENCODER_VERSION,
+        "sources": dict(digests),
+        "format": [dataset.name, options, _code_digest(type(dataset))],
+        "tokenizer": [fingerprint, encoder.start, encoder.tokenizer.eos_token_id],
+        "tags": {tag: backend.token_to_id(tag) for tag in dataset.special_tokens},
+        "train-on": plan.data.train_on,
+        "context-length": plan.context_length,
+        "on-long": plan.data.on_long,
+        "validation": [fraction, plan.seed] if fraction else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_digest(format_type: type[DatasetFormat]) -> str:
+    """SHA-256 of the modules a format is written in, so that who edits `parse` does not get yesterday's rows."""
+    hasher = hashlib.sha256()
+    for module_name in sorted({cls.__module__ for cls in format_type.__mro__} - {"builtins", "abc"}):
+        file = getattr(sys.modules.get(module_name), "__file__", None)
+        if file and not module_name.startswith("llmft_core."):
+            hasher.update(Path(file).read_bytes())
+    return hasher.hexdigest()
+
+
+def _renamed(one: SplitReport, source: str) -> SplitReport:
+    def moved(origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{source}:{origin.rpartition(':')[2]}" for origin in origins)
+
+    return replace(one, source=source, dropped_origins=moved(one.dropped_origins), cut_origins=moved(one.cut_origins))

@@ -1,0 +1,328 @@
+"""The six kinds of extension. A contract holds what its kind alone can know; the rest belongs to the core.
+
+An extension is a class with a `name`, a one-line `summary` and an `options_type`; it is constructed with its validated
+options on the driver, and again on every worker from the same plan, so it holds no state that cannot be rebuilt.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmft_core.errors import Problem
+from llmft_core.options import Options
+from llmft_core.values import Conversation, ModelSize, Placement, RowProblem, StepOutcome
+
+if TYPE_CHECKING:
+    import torch
+
+Split = Literal["train", "test"]
+
+API_VERSION = 1
+"""Version of the contracts in this file. A plugin module says which one it was written for: `llmft_api = 1`."""
+
+
+class Extension:
+    """What all kinds share."""
+
+    name: ClassVar[str]
+    """The name it is chosen by: `--storage NAME`."""
+    summary: ClassVar[str]
+    """One line for `llmft plugins`."""
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+
+# --- datasets -----------------------------------------------------------------------------------------------------
+
+
+class SourceOptions(Options):
+    """Options of a dataset that is read from files: its format inherits them."""
+
+    source: str = Field("", description="folder or URI with train.jsonl and test.jsonl, or a hub id (owner/name)")
+    train: str = Field("", description="a single file or URI with the training rows, instead of --dataset.source")
+    test: str = Field("", description="a single file or URI with the test rows, instead of --dataset.source")
+
+
+class DatasetFormat(Extension, ABC):
+    """How rows become conversations. The core owns sources, line numbers, error reports, tokens and caches."""
+
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    """Tokens this format writes as `opening` or `closing`; each becomes one id of the tokenizer."""
+    hub_files: ClassVar[Mapping[Split, str]] = {}
+    """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`), where there is one."""
+    hub_id: ClassVar[str] = ""
+    """The hub repository that is read when no source is given."""
+
+    @abstractmethod
+    def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
+        """A conversation, or what is wrong with the row. Messages that should be trained by default say so."""
+
+    def generate(self, split: Split) -> Iterator[dict[str, Any]] | None:
+        """Rows that are made up rather than read (deterministically from the options), or None: read the source."""
+        return None
+
+
+# --- storage ------------------------------------------------------------------------------------------------------
+
+
+class StorageBackend(Extension, ABC):
+    """A place for runs: an fsspec filesystem and a root in it. The core derives transfers, publishing and probes."""
+
+    scheme: ClassVar[str]
+    """The URI scheme it answers to: `s3` for `s3://bucket/key`."""
+
+    @abstractmethod
+    def filesystem(self) -> Any:
+        """An `fsspec.AbstractFileSystem` that pickles and has explicit time-outs. No secret is taken from options."""
+
+    @abstractmethod
+    def root(self) -> str:
+        """Path in the filesystem under which runs lie (`bucket/prefix`). InputError where an option is missing."""
+
+    def shared_by_nodes(self) -> bool:
+        """Whether every node of a cluster sees the same files: true for object stores."""
+        return True
+
+    def ranged_reads(self) -> RangedReads | None:
+        """A faster way to read than the filesystem's `cat_file`, made once a process; None: there is none."""
+        return None
+
+    def verified_uploads(self) -> VerifiedUploads | None:
+        """Uploads of which the store verifies every part, made once a process. None: the core uses the filesystem's
+        `put_file` and then compares `stored_md5`, or reads everything back."""
+        return None
+
+    def stored_md5(self, info: Mapping[str, Any]) -> str | None:
+        """MD5 (hex) that the store itself made of the content it holds, from `filesystem().info(path)`; None: it tells
+        none, and an upload is read back."""
+        return None
+
+    creates_exclusively: ClassVar[bool] = False
+    """Whether `filesystem().pipe_file(path, data, mode="create")` raises FileExistsError where a file is there, even
+    when two processes write at once. Not every server behind one protocol keeps this."""
+
+    def explain(self, error: BaseException, path: str) -> str:
+        """A store's own error as one line that names the thing, the cause and the next action."""
+        return f"{path}: {type(error).__name__}: {error}"
+
+    def uri(self, path: str) -> str:
+        """A path of the filesystem as users write it."""
+        return f"{self.scheme}://{path}"
+
+
+class RangedReads(ABC):
+    """Reads of a store straight into memory, from many threads at once. A store's own errors are raised as they are,
+    with FileNotFoundError for what is not there; the core repeats, explains and ends them."""
+
+    @abstractmethod
+    def describe(self, path: str) -> tuple[int, str]:
+        """Bytes of a file as it is now, and its version: another one (ETag, generation) after every change."""
+
+    @abstractmethod
+    def read_into(self, path: str, version: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer from byte `start` on, from exactly this version: ChangedMeanwhile where it is another one.
+        Fewer bytes are a ConnectionError."""
+
+
+class VerifiedUploads(ABC):
+    """Uploads in which a checksum of ours travels with all data, and the store refuses what does not match it. Called
+    from many threads; a refusal is a ConnectionError, so that the part is sent again."""
+
+    least_part: ClassVar[int] = 5 * 2**20
+    """Bytes of every part but the last, at least."""
+    most_parts: ClassVar[int] = 10_000
+
+    @abstractmethod
+    def put(self, path: str, data: memoryview) -> None:
+        """A whole file in one request, over one that is there."""
+
+    @abstractmethod
+    def begin(self, path: str) -> str:
+        """The id of a new upload in parts. Nothing is at `path` before `complete`."""
+
+    @abstractmethod
+    def unfinished(self, path: str) -> str | None:
+        """The newest upload to this path that was begun, by this process or another, and not completed."""
+
+    @abstractmethod
+    def parts(self, path: str, upload: str) -> dict[int, tuple[int, str]]:
+        """Parts that the store holds: number (from 1) → (bytes, tag)."""
+
+    @abstractmethod
+    def tag(self, data: memoryview) -> str:
+        """The tag by which this store lists a part with this content: one of another content has another tag. Where
+        it cannot be known (the store encrypts), a tag that no part has: an upload is then begun anew."""
+
+    @abstractmethod
+    def put_part(self, path: str, upload: str, number: int, data: memoryview) -> str:
+        """Send one part; returns its tag."""
+
+    @abstractmethod
+    def complete(self, path: str, upload: str, tags: Sequence[str]) -> None:
+        """Make the file of the parts 1, 2, …: it appears whole. FileNotFoundError where the upload is gone."""
+
+    @abstractmethod
+    def abandon(self, path: str, upload: str) -> None:
+        """Delete what was sent."""
+
+
+# --- strategies ---------------------------------------------------------------------------------------------------
+
+
+class Strategy(Extension, ABC):
+    """How training is spread over ranks: pure data on the driver, an `Engine` on each worker."""
+
+    def problems(self, placement: Placement) -> list[Problem]:
+        """What this strategy cannot do with such a placement, found before anything is started."""
+        return []
+
+    def configuration(self, placement: Placement) -> dict[str, Any]:
+        """What it will do, as plain data for the plan (the DeepSpeed configuration), or {}."""
+        return {}
+
+    @abstractmethod
+    def engine(self, placement: Placement, rank: int) -> Engine:
+        """The worker's half. The default process group exists already."""
+
+
+class Engine(ABC):
+    """One rank's hold on the model under one strategy. The loop and the export know only this."""
+
+    @property
+    @abstractmethod
+    def parameter_dtype(self) -> torch.dtype:
+        """Type in which the model's parameters are loaded; masters and autocast are the engine's own affair."""
+
+    @abstractmethod
+    def building(self) -> AbstractContextManager[None]:
+        """The context in which the model is built (ZeRO-3 partitions parameters as they are made)."""
+
+    @abstractmethod
+    def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """Before `prepare`: a context in which these parameters are whole and may be written. All ranks write the
+        same; where parameters are partitioned, what rank 0 wrote is kept."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        make_optimizer: Callable[[Sequence[tuple[str, torch.nn.Parameter, int]]], torch.optim.Optimizer],
+    ) -> None:
+        """Take the model over. `make_optimizer` gets (name, parameter, true number of dimensions) of all that is
+        trained; a partitioned parameter does not know its own dimensions. Raises LlmftError if what was set up is
+        not what the strategy promised."""
+
+    @property
+    @abstractmethod
+    def model(self) -> torch.nn.Module:
+        """What the loop calls for a forward pass."""
+
+    @property
+    @abstractmethod
+    def bare_model(self) -> torch.nn.Module:
+        """The model without the strategy's wrapper: its names, config and buffers."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """`loss` is this micro-batch's share (0-d) of the step's loss: the gradient of the step is that of the SUM of
+        all shares over micro-batches and ranks. `last` closes the step. Clipping belongs to the engine."""
+
+    @abstractmethod
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the coming step; called before its last backward."""
+
+    @abstractmethod
+    def step(self) -> StepOutcome:
+        """Apply the step after its last backward, on all ranks or on none, and clear the gradients."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter by name, in the model's own order, on every rank alike; tied ones once."""
+
+    @abstractmethod
+    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Full copies of these parameters in host memory, on rank 0 ({} on the others). Collective: all ranks call it
+        with the same names. Cast to `dtype` from the most precise copy there is."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Let go of everything; called once, also after an error where that is possible."""
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+class ModelFamily(Extension, ABC):
+    """A family of model architectures. The core downloads and loads; the family knows names and peculiarities."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """Short names it offers for `--model`."""
+    fallback: ClassVar[bool] = False
+    """True for the family that is asked only when no other claims a model."""
+    content_version: ClassVar[str] = "1"
+    """Version of what `build` writes: raised with any change of its bytes, so that caches make it anew."""
+
+    @abstractmethod
+    def hub_id(self, name: str) -> str | None:
+        """The hub repository of a short name; None where the model is made by `build`."""
+
+    @abstractmethod
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config.json belongs to the family."""
+
+    @abstractmethod
+    def size(self, config: Mapping[str, Any]) -> ModelSize:
+        """Parameter counts from config.json alone."""
+
+    def build(self, name: str, folder: Path) -> None:
+        """Write the model of a short name without a hub id into `folder` (config, weights, tokenizer): the same
+        bytes on every machine."""
+        raise TypeError(f"model family {self.name} offers {name} but neither a hub id nor a way to build it")
+
+    def learning_rate(self, name: str) -> float:
+        """Peak learning rate that is used when the plan gives none."""
+        return 2e-5
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """A fast `transformers` tokenizer from a model folder, its peculiarities mended."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+class Method(Extension, ABC):
+    """What is trained."""
+
+    @abstractmethod
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Choose what is trained (`requires_grad`) and return the model to train."""
+
+
+# --- trackers -----------------------------------------------------------------------------------------------------
+
+
+class Tracker(Extension, ABC):
+    """Watches a run from the driver. It observes: an error in a tracker is reported and never changes the run."""
+
+    @abstractmethod
+    def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        """`folder` is local, the tracker's to write to, and is copied to the run's storage at the end."""
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers after an optimizer step or an evaluation, by name (`train/loss`, `eval/perplexity`)."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Flush and close."""

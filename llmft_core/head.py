@@ -1,0 +1,87 @@
+"""What a run will do, before it does it: the head of `llmft run` and the answer of `llmft plan`."""
+
+from __future__ import annotations
+
+from llmft_core.prepare import Ready
+from llmft_core.report import words
+from llmft_core.train.schedule import learning_rate
+
+RANDOM_MODEL = "llama-2-tiny"
+
+
+def head(ready: Ready) -> list[tuple[str, str]]:
+    """(label, text) lines."""
+    plan, placement, job, report = ready.plan, ready.placement, ready.job, ready.data.report
+    train = report.splits["train"]
+    epochs = job.total_steps / job.steps_per_epoch
+    where = {"": "this process", "local": "Ray on this machine"}.get(ready.cluster.address, ready.cluster.address)
+    unit = "GPU" if placement.device == "cuda" else "CPU"
+    lines = [
+        ("run", plan.name),
+        (
+            "model",
+            f"{plan.model.name} ({ready.model.family.name}), {words.count(ready.size.parameters)} parameters, "
+            f"{placement.precision}, method {plan.method['name']}",
+        ),
+        (
+            "workers",
+            f"{placement.world_size} on {unit}, {where}, strategy {(plan.strategy or {})['name']}",
+        ),
+    ]
+    for name, split in report.splits.items():
+        lost = f"; {words.count(split.dropped)} dropped" if split.dropped else ""
+        lost += f"; {words.count(split.cut)} cut" if split.cut else ""
+        lines.append(
+            (
+                f"{name} rows",
+                f"{words.count(split.rows)} of {words.count(split.rows_read)}{lost} · "
+                f"{words.count(split.tokens)} tokens, "
+                f"{words.share(split.trained_tokens / max(1, split.tokens))} trained, "
+                f"longest {split.longest} of {plan.context_length}",
+            )
+        )
+    lines += [
+        (
+            "batch",
+            f"{placement.global_batch} rows = {placement.world_size} workers × {placement.micro_batch} (micro-batch) × "
+            f"{placement.accumulation} (accumulation), {words.share(ready.padding)} padding",
+        ),
+        (
+            "steps",
+            f"{words.count(job.total_steps)} optimizer steps = {epochs:.2f} epochs of "
+            f"{words.count(job.steps_per_epoch)} steps, about {words.count(epochs * train.tokens)} tokens",
+        ),
+        (
+            "rate",
+            "learning rate at 0/25/50/75/100 %: " + " ".join(f"{rate:.2e}" for rate in rates(ready)),
+        ),
+        (
+            "writes",
+            f"{(ready.places.runs() / plan.name).uri}: checkpoints of {words.size(ready.checkpoint_bytes)}",
+        ),
+    ]
+    return lines
+
+
+def rates(ready: Ready) -> list[float]:
+    """The learning rate at five points of the run."""
+    total = ready.job.total_steps
+    return [learning_rate(ready.plan, round(part * (total - 1)), total) for part in (0, 0.25, 0.5, 0.75, 1)]
+
+
+def warnings(ready: Ready) -> list[str]:
+    """What a user should know before money is spent."""
+    found = []
+    if ready.plan.model.name == RANDOM_MODEL:
+        costly = ready.placement.device == "cuda" or ready.cluster.address not in ("", "local")
+        found.append(
+            f"{RANDOM_MODEL} is a RANDOM TINY model to try llmft with; it cannot learn to reason"
+            + (
+                ": YOU ARE ABOUT TO SPEND A REAL CLUSTER ON IT: give --model"
+                if costly
+                else "; --model chooses a real one"
+            )
+        )
+    if ready.data.test is None:
+        found.append("no test split: nothing will be evaluated; --data.validation-fraction 0.05 keeps some rows for it")
+    return found

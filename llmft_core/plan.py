@@ -1,0 +1,322 @@
+"""RunPlan: everything a run depends on, as plain data; typed, frozen, printable, saved with every checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer, field_validator
+
+from llmft_core.catalog import Catalog, validated, validation_problems
+from llmft_core.errors import InputError, Problem, Problems, close_match
+from llmft_core.extensions import ModelFamily, StorageBackend
+from llmft_core.hookspecs import KINDS
+from llmft_core.options import Options
+from llmft_core.values import Precision
+
+SINGLE_KINDS = ("dataset", "storage", "strategy", "method")
+"""Kinds of which a run has exactly one; `model` is one too but names a model, `tracker` may be repeated."""
+
+Choice = dict[str, Any]
+"""A plugin and its options in the plan: `{"name": "s3", "bucket": "b"}`."""
+
+
+def as_choice(value: Any) -> Any:
+    """`storage: s3` is short for `storage: {name: s3}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def as_choices(value: Any) -> Any:
+    """`tracker: jsonl` is short for `tracker: [{name: jsonl}]`."""
+    values = value if isinstance(value, list) else [value]
+    return [as_choice(item) for item in values]
+
+
+def _comma_separated(value: Any) -> Any:
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class ModelOptions(Options):
+    """Which model is trained."""
+
+    name: str = Field("llama-2-tiny", description="a model's short name, a hub id (owner/name), a folder or a URI")
+    tokenizer: str = Field("", description="folder, file or URI of another tokenizer than the model's own")
+
+
+class DataOptions(Options):
+    """What becomes of rows."""
+
+    on_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what to do with a row longer than the context; truncation keeps the end token"
+    )
+    max_dropped: float = Field(
+        0.05, ge=0, le=1, description="largest share of rows that may be dropped or cut; more is refused"
+    )
+    train_on: str = Field(
+        "completion", description="what is trained: completion (what the format marks), all, or roles (ROLE,…)"
+    )
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the training rows kept for evaluation where there is no test split"
+    )
+
+
+class CheckpointOptions(Options):
+    """When checkpoints are written, how, and which are kept. The last step always writes one."""
+
+    every_epochs: NotNegative = Field(1, description="write a checkpoint after so many epochs; 0: never by epochs")
+    every_steps: NotNegative = Field(0, description="write a checkpoint after so many optimizer steps; 0: never")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="type of the written weights; auto: that of --precision"
+    )
+    keep_last: NotNegative = Field(0, description="keep so many of the newest checkpoints; 0: all, unless keep-best")
+    keep_best: NotNegative = Field(0, description="keep so many of the best checkpoints too; 0: by keep-last alone")
+    best_by: Literal["eval_loss", "train_loss"] = Field(
+        "eval_loss", description="what makes a checkpoint good: low loss"
+    )
+
+
+class RunPlan(Options):
+    """One run. Fields that are None are decided by what the cluster has, before anything is written."""
+
+    name: str = Field("", description="name of the run and of its folder; default: dataset, model and time")
+    dataset: Annotated[Choice, BeforeValidator(as_choice)] = Field(
+        {"name": "arithmetic"}, description="what to train on"
+    )
+    storage: Annotated[Choice, BeforeValidator(as_choice)] = Field(
+        {"name": "local"}, description="where runs and checkpoints are written"
+    )
+    strategy: Annotated[Choice, BeforeValidator(as_choice)] | None = Field(
+        None, description="how training is spread; default: ddp on CPU or one GPU, zero-3 on several GPUs"
+    )
+    model: Annotated[ModelOptions, BeforeValidator(as_choice)] = Field(
+        ModelOptions(), description="the model that is fine-tuned"
+    )
+    method: Annotated[Choice, BeforeValidator(as_choice)] = Field({"name": "full"}, description="what is trained")
+    tracker: Annotated[list[Choice], BeforeValidator(as_choices)] = Field(
+        [{"name": "jsonl"}], description="who watches the run; repeatable"
+    )
+    backends: dict[str, dict[str, Any]] = Field(
+        {}, description="options of storage backends for URIs outside of the run's storage, by backend name"
+    )
+
+    epochs: Positive | None = Field(
+        None, description="passes over the training rows; default 1, or as many as --max-steps needs"
+    )
+    max_steps: Positive | None = Field(None, description="end after so many optimizer steps, if the epochs do not")
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak learning rate; default: the model family's"
+    )
+    warmup_steps: NotNegative = Field(0, description="optimizer steps over which the rate rises linearly to its peak")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="how the rate falls after the warm-up: to zero, or not at all"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global L2 norm")
+    global_batch: Positive = Field(32, description="rows in one optimizer step, whatever the number of workers")
+    micro_batch: Positive | None = Field(
+        None, description="rows in one forward pass of one worker; default: the largest that fits evenly, at most 8"
+    )
+    eval_micro_batch: Positive | None = Field(
+        None, description="rows in one forward pass of an evaluation; default: the micro-batch"
+    )
+    eval_every_steps: NotNegative = Field(0, description="evaluate after so many optimizer steps too; 0: epochs only")
+    context_length: Positive = Field(512, description="longest row in tokens")
+    precision: Precision | None = Field(None, description="arithmetic of training; default: bf16 on GPUs, fp32 on CPU")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    seed: NotNegative = Field(0, description="seed of data order, dropout and new embeddings")
+
+    workers: NotNegative | None = Field(
+        None, description="training processes; 0: train in this process, without a cluster; default: one a GPU, or 2"
+    )
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = Field(
+        None, description="GPUs of each worker; 0 trains on CPU; default: 1 where the cluster has GPUs"
+    )
+    cluster: str = Field(
+        "auto", description="auto (RAY_ADDRESS if set, else local), local (start Ray on this machine), or an ADDRESS"
+    )
+
+    data: DataOptions = Field(DataOptions(), description="what becomes of rows")
+    checkpoint: CheckpointOptions = Field(CheckpointOptions(), description="checkpoints")
+    smoke_test: bool = Field(
+        False, description="one optimizer step, one evaluation batch and a full checkpoint: proves the pipeline"
+    )
+    disable_plugin: Annotated[list[str], BeforeValidator(_comma_separated)] = Field(
+        [], description="do not load this plugin (entry, distribution or both joined by a colon); repeatable"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("use letters, digits, dot, dash and underscore, a letter or digit first, at most 100")
+        return name
+
+    @field_validator("dataset", "storage", "strategy", "method")
+    @classmethod
+    def _choice_has_a_name(cls, choice: Choice | None) -> Choice | None:
+        if choice is not None and not isinstance(choice.get("name"), str):
+            raise ValueError("a plugin is chosen by its name: write `name: …`")
+        return choice
+
+    @field_serializer("*", when_used="json")
+    def _plain(self, value: Any) -> Any:
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, in the vocabulary of flags and YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunPlan:
+        """The inverse of `to_json`."""
+        return cls.model_validate(dict(data))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Part of a plan and where it comes from: `llmft.yaml`, `--plan run.yaml`, the environment, flags."""
+
+    source: str
+    data: Mapping[str, Any]
+
+
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge layers, the later the stronger; also says which layer each dotted path came from.
+
+    Choosing another plugin of a kind drops the options that a weaker layer gave to the one it replaces.
+    """
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        for key, value in layer.data.items():
+            if key in (*SINGLE_KINDS, "model"):
+                value = as_choice(value)
+                if key != "model" and isinstance(value, Mapping):
+                    # Options without a name belong to the default plugin: `storage: {root: r}` is local's root.
+                    default = RunPlan.model_fields[key].default or {}
+                    old = merged.setdefault(key, dict(default))
+                    if isinstance(old, dict) and "name" in old and value.get("name", old["name"]) != old["name"]:
+                        merged[key] = {}
+            if key == "tracker":
+                value = as_choices(value)
+            _merge_into(merged, key, value, key, layer.source, sources)
+    return merged, sources
+
+
+def _merge_into(target: dict[str, Any], key: str, value: Any, path: str, source: str, sources: dict[str, str]) -> None:
+    if isinstance(value, Mapping):
+        inner = target.setdefault(key, {})
+        if not isinstance(inner, dict):
+            inner = target[key] = {}
+        for name, item in value.items():
+            _merge_into(inner, str(name), item, f"{path}.{name}", source, sources)
+    else:
+        target[key] = value
+    sources[path] = source
+
+
+def resolve(layers: Sequence[Layer], catalog: Catalog) -> RunPlan:
+    """Layers → a plan whose plugins exist and whose options are valid. Raises Problems: all of them together."""
+    merged, sources = merge(layers)
+    problems: list[Problem] = []
+    try:
+        plan = RunPlan.model_validate(merged)
+    except ValidationError as error:
+        problems += validation_problems(error, RunPlan)
+        # The parts that are wrong are left out, so that the plugins' options are checked in the same pass.
+        wrong = {str(detail["loc"][0]) for detail in error.errors()}
+        plan = RunPlan.model_validate({k: v for k, v in merged.items() if k not in wrong})
+    updates: dict[str, Any] = {}
+    for kind in SINGLE_KINDS:
+        choice = getattr(plan, kind)
+        if choice is not None:
+            updates[kind] = _checked(kind, choice, catalog, problems)
+    updates["tracker"] = [_checked("tracker", choice, catalog, problems) for choice in plan.tracker]
+    updates["backends"] = {
+        name: _without_name(_checked("storage", {**options, "name": name}, catalog, problems, f"backends.{name}"))
+        for name, options in plan.backends.items()
+    }
+    problems += _model_problems(plan, catalog)
+    if updates["storage"] and not any(problem.path.startswith("storage") for problem in problems):
+        backend: StorageBackend = catalog.create("storage", updates["storage"])
+        try:
+            backend.root()
+        except Problems as error:
+            problems += error.problems
+        except InputError as error:
+            problems.append(Problem("storage", str(error)))
+    if problems:
+        raise Problems([_with_source(problem, sources) for problem in problems])
+    return plan.model_copy(update=updates)
+
+
+def _without_name(choice: Choice) -> Choice:
+    return {key: value for key, value in choice.items() if key != "name"}
+
+
+def _checked(kind: str, choice: Choice, catalog: Catalog, problems: list[Problem], path: str = "") -> Choice:
+    """The choice with its options validated and defaults filled in; problems are appended, not raised."""
+    try:
+        extension = catalog.entry(kind, choice["name"]).extension
+        options = validated(extension.options_type, _without_name(choice), path or kind)
+    except Problems as error:
+        problems += error.problems
+        return choice
+    except InputError as error:
+        problems.append(Problem(path or kind, str(error)))
+        return choice
+    return {"name": choice["name"], **options.model_dump(mode="json", by_alias=True)}
+
+
+def _model_problems(plan: RunPlan, catalog: Catalog) -> list[Problem]:
+    name = plan.model.name
+    if family_of_name(name, catalog) or re.search(r"[/\\]|^\.", name) or "://" in name:
+        return []
+    names = [known for family in catalog.families() for known in family.names]
+    return [
+        Problem(
+            "model",
+            f"no model is called {name}{catalog.way_out('model', name, names)}; "
+            "a hub id has the form owner/name, a folder starts with ./ or /",
+        )
+    ]
+
+
+def family_of_name(name: str, catalog: Catalog) -> ModelFamily | None:
+    """The family that offers a model's short name. Raises InputError when several do."""
+    families = [family for family in catalog.families() if name in family.names]
+    if len(families) > 1:
+        raise InputError(f"model {name} is offered by the families {', '.join(f.name for f in families)}")
+    return families[0] if families else None
+
+
+def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
+    """Adds which file or variable said so, where it was not a flag."""
+    source = sources.get(problem.path, "flags")
+    return problem if source == "flags" else Problem(problem.path, f"{problem.reason} (from {source})")
+
+
+def chosen_options(catalog: Catalog, merged: Mapping[str, Any]) -> dict[str, type[Options]]:
+    """Dotted prefix → options type of every plugin that a merged plan chooses and the catalogue knows."""
+    chosen: dict[str, type[Options]] = {}
+    for kind in SINGLE_KINDS:
+        choice = as_choice(merged.get(kind, RunPlan.model_fields[kind].default))
+        choice = choice if isinstance(choice, Mapping) else {}  # anything else is reported by RunPlan
+        name = choice.get("name", (RunPlan.model_fields[kind].default or {}).get("name")) if choice else None
+        if name and any(entry.kind == kind and entry.name == name for entry in catalog.entries):
+            chosen[kind] = next(e.extension for e in catalog.entries if (e.kind, e.name) == (kind, name)).options_type
+    for entry in catalog.entries:
+        if entry.kind == "storage":
+            chosen[f"backends.{entry.name}"] = entry.extension.options_type
+    return chosen
+
+
+__all__ = ["KINDS", "Layer", "RunPlan", "chosen_options", "close_match", "family_of_name", "merge", "resolve"]

@@ -1,0 +1,90 @@
+"""Where a plan comes from beside flags: `llmft.yaml`, `--plan run.yaml` and the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from llmft_core.catalog import Catalog
+from llmft_core.errors import InputError, Problem, close_match
+from llmft_core.options import leaves
+from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options
+
+PREFIX = "LLMFT_"
+RESERVED = {
+    "LLMFT_CACHE": "folder of node-local caches",
+    "LLMFT_DISABLED_PLUGINS": "plugins that are not loaded, separated by commas",
+}
+"""Variables with our prefix that are not part of a plan."""
+
+PROJECT_FILE = "llmft.yaml"
+
+
+def read_plan_file(path: Path, source: str = "") -> Layer:
+    """A YAML file as a layer, called `source` in errors about it. Raises InputError naming file and line."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give --plan an existing YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if data is None:
+        return Layer(source or str(path), {})
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a plan is a mapping of options, this is a {type(data).__name__}")
+    return Layer(source or str(path), {str(key): value for key, value in data.items()})
+
+
+def known_fields(catalog: Catalog, merged: Mapping[str, Any]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every path that a plan with these choices can set, with its field: the core's first, then the plugins'."""
+    kinds = (*SINGLE_KINDS, "tracker", "backends")
+    for path, field in leaves(RunPlan):
+        if path not in kinds:
+            yield path, field
+    for kind in SINGLE_KINDS:
+        yield f"{kind}.name", RunPlan.model_fields[kind]
+    yield "tracker", RunPlan.model_fields["tracker"]
+    for prefix, options in chosen_options(catalog, merged).items():
+        yield from leaves(options, prefix)
+
+
+def variable(path: str) -> str:
+    """The environment variable of a path: `storage.endpoint-url` → `LLMFT_STORAGE_ENDPOINT_URL`, `model.name` →
+    `LLMFT_MODEL`."""
+    return PREFIX + path.removesuffix(".name").replace(".", "_").replace("-", "_").upper()
+
+
+def environment_layer(environ: Mapping[str, str], paths: Iterable[str]) -> tuple[Layer, list[Problem]]:
+    """The environment as a layer, and a problem for each variable with our prefix that sets nothing."""
+    by_variable = {variable(path): path for path in paths}
+    data: dict[str, Any] = {}
+    problems = []
+    for name, value in environ.items():
+        if not name.startswith(PREFIX) or name in RESERVED:
+            continue
+        if name in by_variable:
+            path = by_variable[name]
+            set_path(data, path, [part.strip() for part in value.split(",")] if path == "tracker" else value)
+        else:
+            candidates = [*by_variable, *RESERVED]
+            problems.append(
+                Problem(name, f"this variable sets nothing{close_match(name, candidates)}: correct or unset it")
+            )
+    return Layer("the environment", data), problems
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> None:
+    """`set_path(data, "storage.bucket", "b")` makes `{"storage": {"bucket": "b"}}`."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+    data[last] = value

@@ -1,0 +1,103 @@
+"""All that can be known to fail is checked before anything is rented, and reported together."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmft_core.catalog import Catalog
+from llmft_core.errors import InputError, Problem, Problems
+from llmft_core.loading import load_plugins
+from llmft_core.plan import SINGLE_KINDS, RunPlan
+from llmft_core.storage.places import Place, Places
+from llmft_core.storage.transfer import delete, list_files, probe, write_bytes
+from llmft_core.train.cluster import Cluster, Node, on_each_node
+from llmft_core.weights.cache import cache_folder
+
+
+def storage_problems(plan: RunPlan, places: Places) -> list[Problem]:
+    """Whether the run's storage takes, returns and deletes an object, and whether the run's name is free."""
+    try:
+        runs = places.runs()
+        probe(runs)
+        if plan.name and list_files(runs / plan.name):
+            return [
+                Problem("name", f"{(runs / plan.name).uri} exists already: choose another --name, or remove that run")
+            ]
+    except InputError as error:
+        return [Problem("storage", str(error))]
+    return []
+
+
+def context_problems(plan: RunPlan, config: Mapping[str, Any]) -> list[Problem]:
+    """A context longer than the model's positions would train on positions it has never seen."""
+    longest = config.get("text_config", config).get("max_position_embeddings")
+    if isinstance(longest, int) and plan.context_length > longest:
+        return [
+            Problem(
+                "context-length", f"{plan.context_length} tokens; {plan.model.name} has {longest} positions: use fewer"
+            )
+        ]
+    return []
+
+
+def disk_problems(checkpoint_bytes: int) -> list[Problem]:
+    """Whether this machine's cache has room for one staged checkpoint."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free >= 2 * checkpoint_bytes:
+        return []
+    return [
+        Problem(
+            "LLMFT_CACHE",
+            f"{folder} has {free / 1e9:.1f} GB free; staging a checkpoint needs {2 * checkpoint_bytes / 1e9:.1f} GB: "
+            "set LLMFT_CACHE to a larger disk",
+        )
+    ]
+
+
+def node_problems(plan_json: Mapping[str, Any], seen: str) -> list[str]:
+    """Runs on a node: what of the plan its own plugins cannot do, and whether it sees a file (`seen`, or nothing)."""
+    plan = RunPlan.from_json(plan_json)
+    catalog = Catalog(load_plugins(plan.disable_plugin))
+    problems = []
+    for kind in SINGLE_KINDS:
+        try:
+            catalog.create(kind, getattr(plan, kind))
+        except Problems as error:
+            problems += [str(problem) for problem in error.problems]
+        except InputError as error:
+            problems.append(str(error))
+    if seen and not Path(seen).exists():
+        problems.append(
+            f"storage.root: {Path(seen).parent} is not the driver's folder: "
+            "use a folder that all nodes mount, or --storage s3 or gcs"
+        )
+    return problems
+
+
+def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster) -> list[Problem]:
+    """Ask every node, by its host name: are the plan's plugins there, and is a local storage root really shared?
+
+    Called once the cluster is up and before a worker starts.
+    """
+    if cluster.address == "":
+        return []
+    runs = places.runs()
+    flag: Place | None = None
+    if cluster.address != "local" and not runs.backend.shared_by_nodes():  # even one node may be another machine
+        flag = runs / f".llmft-shared-{socket.gethostname()}-{uuid.uuid4().hex}"
+        write_bytes(flag, b"written by the driver to see whether all nodes share this folder\n")
+    try:
+        found: dict[Node, list[str]] = on_each_node(
+            cluster, node_problems, plan.to_json(), flag.path if flag is not None else ""
+        )
+    finally:
+        if flag is not None:
+            delete(flag)
+    return [Problem(f"node {node.host}", text) for node, texts in found.items() for text in texts]

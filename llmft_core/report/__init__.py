@@ -1,0 +1,1 @@
+"""What a run tells its user: the head, live progress, the summary; and the trackers."""

@@ -1,0 +1,175 @@
+"""The walk: plan → preflight → prepare data → stage weights → train → checkpoint → report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmft_core.catalog import Catalog
+from llmft_core.errors import InputError, LlmftError, Problems
+from llmft_core.extensions import Tracker
+from llmft_core.head import head, warnings
+from llmft_core.loading import load_plugins
+from llmft_core.plan import RunPlan
+from llmft_core.preflight import cluster_problems
+from llmft_core.prepare import Ready, keys_of, make_ready, shipped
+from llmft_core.report.live import LiveView
+from llmft_core.report.summary import Outcome
+from llmft_core.report.trackers import Trackers
+from llmft_core.storage.places import Place, Places
+from llmft_core.storage.transfer import create, upload_many, write_bytes
+from llmft_core.train.cluster import Cluster, on_each_node, start
+from llmft_core.train.job import Job
+from llmft_core.train.launch import launch
+from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.stage import stage_model
+
+
+def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
+    """Train as the plan says. Raises InputError before anything is started, LlmftError after, Interrupted."""
+    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True))
+    view = LiveView(ready.job.total_steps, ready.job.total_steps / ready.job.steps_per_epoch)
+    show_head(ready, view)
+    view.phase("starting workers")
+    cluster = ready.cluster
+    try:
+        cluster = start(cluster, ready.placement.world_size, debug=debug)
+        problems = cluster_problems(ready.plan, ready.places, cluster)
+        if problems:
+            raise Problems(problems)
+        job, folders = stage(ready, cluster)
+        return train(replace(ready, cluster=cluster, job=job), folders, view)
+    finally:
+        stop(cluster)
+
+
+def show_head(ready: Ready, view: LiveView) -> None:
+    """The head of a run, and what should be known before money is spent."""
+    for label, text in head(ready):
+        view.say(f"{label:>12}  {text}")
+    for text in warnings(ready):
+        view.warn(text)
+
+
+def stage(ready: Ready, cluster: Cluster) -> tuple[Job, dict[str, dict[str, str]]]:
+    """Weights and data onto every node, once a node. Returns the job with this node's folders, and all by node id."""
+    if cluster.address == "":
+        model = stage_model(ready.plan, ready.catalog, ready.places, weights=True)
+        return replace(ready.job, model=model.path), {}
+    import ray
+
+    files = ray.put(shipped(ready.job))
+    staged = on_each_node(cluster, stage_on_node, ready.plan.to_json(), keys_of(ready.job), [files])
+    return ready.job, {node.id: folders for node, folders in staged.items()}
+
+
+def stage_on_node(plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any]) -> dict[str, str]:
+    """Runs on a node: fetch the weights into its cache, and the prepared data unless it is there."""
+    plan = RunPlan.from_json(plan_json)
+    catalog = Catalog(load_plugins(plan.disable_plugin))
+    model = stage_model(plan, catalog, Places(catalog, plan.storage, plan.backends), weights=True)
+    folders = {"model": str(model.path)}
+    for name, key in keys.items():
+        folder = cache_folder() / key
+        folders[name] = str(folder)
+        if folder.is_dir():
+            continue
+        import ray
+
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        for relative, content in ray.get(files[0])[name].items():
+            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
+            (partial / relative).write_bytes(content)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has just put the same content there
+                raise
+    return folders
+
+
+def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView) -> Outcome:
+    """Claim the run's name in storage, train, follow the events, and keep what the trackers wrote."""
+    target = ready.places.runs() / ready.plan.name
+    described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
+    claim(target, (json.dumps(described, indent=2) + "\n").encode())
+    trackers_folder = cache_folder() / "trackers"
+    trackers_folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))
+    trackers = Trackers(tracker_list(ready), view.warn)
+    outcome = Outcome(ready.plan.storage)
+    started = time.monotonic()
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "phase":
+            view.phase(event["text"])
+        elif event["kind"] == "metrics":
+            note(outcome, event)
+            view.metrics(event["step"], event["epoch"], event["metrics"])
+            trackers.log(event["metrics"], event["step"])
+        elif event["kind"] == "removed":
+            outcome.checkpoints = [kept for kept in outcome.checkpoints if kept["name"] != event["name"]]
+            view.say(f"{event['name']} removed: --checkpoint.keep-last and keep-best keep others")
+        elif event["kind"] == "stall":
+            outcome.stalled += event["seconds"]
+        elif event["kind"] == "checkpoint":
+            outcome.checkpoints.append(event)
+            view.checkpoint(event)
+
+    trackers.start(folder, ready.plan.to_json())
+    try:
+        with view:
+            launch(ready.job, ready.cluster, folders, on_event)
+    finally:
+        outcome.seconds = time.monotonic() - started
+        trackers.finish()
+        keep(folder, target, view)
+    return outcome
+
+
+def claim(target: Place, described: bytes) -> None:
+    """Write plan.json, which makes the name this run's. Where the store can, only one of two runs that come at once
+    gets it; raises InputError in the other. Elsewhere preflight's look is all there is."""
+    if not target.backend.creates_exclusively:
+        write_bytes(target / "plan.json", described)
+    elif not create(target / "plan.json", described):
+        raise InputError(f"name: {target.uri} was taken by another run in this moment: choose another --name")
+
+
+def keep(folder: Path, target: Place, view: LiveView) -> None:
+    """Copy what the trackers wrote to the run's storage. A failure is said and hides nothing else that happened."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    try:
+        upload_many([(path, target / path.relative_to(folder).as_posix()) for path in files])
+    except LlmftError as error:
+        view.warn(f"metrics were not uploaded: {error}; they are kept in {folder}")
+        return
+    shutil.rmtree(folder)
+
+
+def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
+    """Keep what the summary tells."""
+    metrics = event["metrics"]
+    outcome.first_loss = outcome.first_loss if outcome.first_loss is not None else metrics["train/loss"]
+    outcome.last_loss = metrics["train/loss"]
+    outcome.steps = event["step"]
+
+
+def tracker_list(ready: Ready) -> list[Tracker]:
+    """The plan's trackers."""
+    return [ready.catalog.create("tracker", choice) for choice in ready.plan.tracker]
+
+
+def stop(cluster: Cluster) -> None:
+    """Leave the cluster; a Ray of our own ends with all its processes."""
+    if cluster.address:
+        import ray
+
+        ray.shutdown()

@@ -1,0 +1,1 @@
+"""Training: launch (the driver's side of Ray), worker (one rank), loop, loss, schedule, evaluation."""

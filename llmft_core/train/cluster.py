@@ -1,0 +1,199 @@
+"""The machines a run has: this process, a Ray that is started here, or a cluster elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llmft_core.errors import InputError, LlmftError, Problem, Problems
+from llmft_core.plan import RunPlan
+
+LOOPBACK = "127.0.0.1"
+ANSWER_SECONDS = 5.0
+"""How long a cluster may take to accept a connection."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster."""
+
+    id: str
+    host: str
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`address` is empty in this process, `local` for a Ray of our own, else where the cluster is."""
+
+    address: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def cpus(self) -> int:
+        """CPU cores of all nodes, as Ray counts them."""
+        return sum(node.cpus for node in self.nodes)
+
+
+def survey(plan: RunPlan, *, debug: bool) -> Cluster:
+    """What there is to train on. Connects to a cluster elsewhere, but starts nothing here.
+
+    Raises InputError if the cluster does not answer.
+    """
+    address = _address(plan)
+    if address in ("", "local"):
+        import torch
+
+        gpus = torch.cuda.device_count() if plan.gpus_per_worker != 0 else 0
+        return Cluster(address, (Node("", socket.gethostname(), os.cpu_count() or 1, gpus),))
+    return _connected(address, debug)
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C within takes effect at the end: Ray's start-up, broken off, leaves processes and locks behind."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if got:
+        raise KeyboardInterrupt
+
+
+def _address(plan: RunPlan) -> str:
+    if plan.workers == 0:
+        return ""
+    if plan.cluster == "auto":
+        return os.environ.get("RAY_ADDRESS") or "local"
+    return plan.cluster
+
+
+def start(cluster: Cluster, workers: int, *, debug: bool) -> Cluster:
+    """Start Ray on this machine if that is where the run goes; a cluster elsewhere is connected already."""
+    if cluster.address != "local":
+        return cluster
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default adds seconds to a short run
+    # Loopback only: a Ray of our own has no reason to listen on the network. Without the variable, ray.init hangs.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    with interrupts_held_back():
+        import ray
+
+        ray.init(
+            address="local",
+            _node_ip_address=LOOPBACK,
+            # One core a worker, also where there are fewer: a laptop trains slowly rather than waits for ever.
+            num_cpus=max(cluster.cpus, workers),
+            num_gpus=cluster.gpus,
+            include_dashboard=False,
+            **_logging(debug),
+        )
+    return Cluster("local", _nodes())
+
+
+def _connected(address: str, debug: bool) -> Cluster:
+    import ray
+
+    where = f"cluster: {address} does not answer"
+    hint = "is the head node up, and is the address HOST:6379 or ray://HOST:10001? --cluster local starts Ray here"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        ray.init(address=address, **_logging(debug))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{where} ({' '.join(str(error).split())[:200]}): {hint}") from None
+    return Cluster(address, _nodes())
+
+
+def _logging(debug: bool) -> dict[str, Any]:
+    return {
+        "log_to_driver": debug,
+        "logging_level": logging.INFO if debug else logging.ERROR,
+        "configure_logging": True,
+        "ignore_reinit_error": True,
+    }
+
+
+def _nodes() -> tuple[Node, ...]:
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return tuple(
+        Node(
+            node["NodeID"],
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+        )
+        for node in alive
+    )
+
+
+def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> dict[Node, Any]:
+    """Run a function once on every node that could get a worker, in parallel; its result by node.
+
+    Raises the function's own LlmftError, or Problems' kin with the host's name where llmft itself is missing there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0)(function)
+    refs = {
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(*args)
+        for node in cluster.nodes
+        if node.cpus or node.gpus
+    }
+    results = {}
+    for node, ref in refs.items():
+        try:
+            results[node] = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, Problems):
+                raise Problems([Problem(f"node {node.host}", str(problem)) for problem in cause.problems]) from None
+            if isinstance(cause, LlmftError):
+                kind = InputError if isinstance(cause, InputError) else LlmftError
+                raise kind(f"node {node.host}: {cause}") from None
+            raise LlmftError(
+                f"node {node.host}: {_last_line(str(error))}: is the same llmft installed there?"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise LlmftError(f"node {node.host}: {_last_line(str(error))}: is the node still up?") from error
+    return results
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def capacity_problems(plan: RunPlan, cluster: Cluster) -> list[Problem]:
+    """A cluster that can never hold the workers would let a run wait for ever."""
+    if cluster.address in ("", "local"):
+        return []
+    wanted, there, unit = (
+        (plan.workers or 0, cluster.gpus, "GPUs")
+        if plan.gpus_per_worker
+        else (plan.workers or 0, cluster.cpus, "cores")
+    )
+    if wanted <= there:
+        return []
+    return [Problem("workers", f"{wanted} workers need {wanted} {unit}; the cluster at {cluster.address} has {there}")]

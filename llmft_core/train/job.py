@@ -1,0 +1,63 @@
+"""What the driver tells every rank: plain JSON, never objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmft_core.plan import RunPlan
+from llmft_core.values import Placement
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job, equal on all ranks of a node; the three folders are this node's copies."""
+
+    plan: RunPlan
+    placement: Placement
+    total_steps: int
+    steps_per_epoch: int
+    vocabulary: int
+    """Entries of the tokenizer, added tokens included."""
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    """Ids that end a generated answer, written into generation_config.json."""
+    provenance: Mapping[str, Any]
+    model: Path
+    data: Path
+    tokenizer: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as JSON data."""
+        return {
+            **{name: getattr(self, name) for name in ("total_steps", "steps_per_epoch", "vocabulary", "pad_id")},
+            **{name: str(getattr(self, name)) for name in ("model", "data", "tokenizer")},
+            "stop_ids": list(self.stop_ids),
+            "provenance": dict(self.provenance),
+            "plan": self.plan.to_json(),
+            "placement": asdict(self.placement),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """The inverse of `to_json`."""
+        return cls(
+            **{
+                **data,
+                "plan": RunPlan.from_json(data["plan"]),
+                "placement": Placement(**data["placement"]),
+                "stop_ids": tuple(data["stop_ids"]),
+                **{name: Path(data[name]) for name in ("model", "data", "tokenizer")},
+            }
+        )
+
+
+class Reporter(Protocol):
+    """How a rank speaks to the driver: one plain event at a time, without waiting for an answer."""
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Events have a `kind`: phase (`text`), metrics (`step`, `epoch`, `metrics`), checkpoint (`name`, `uri`,
+        `step`, `metrics`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint held training),
+        removed (`name` of a checkpoint that is not kept), error (`message`, `rank`)."""

@@ -1,0 +1,118 @@
+"""The training loop. It knows an Engine, a table of tokens and a Reporter; neither Ray nor DeepSpeed nor plugins."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from llmft_core.data.batches import epoch_order, rank_micro_batches, real_tokens, step_rows, trained_tokens
+from llmft_core.errors import LlmftError
+from llmft_core.extensions import Engine
+from llmft_core.train.evaluate import evaluate
+from llmft_core.train.job import Job, Reporter
+from llmft_core.train.loss import keeps_logits, loss_sum
+from llmft_core.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from llmft_core.data.prepare import PreparedData
+
+Save = Callable[[int, int, dict[str, float]], None]
+"""Write a checkpoint after (optimizer steps done, epoch, metrics). Collective."""
+
+
+def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Reporter, save: Save) -> None:
+    """Train from the first optimizer step to the last, evaluating and saving where the plan says so."""
+    plan, placement = job.plan, job.placement
+    device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
+    keeps = keeps_logits(engine.bare_model)
+    latest: dict[str, float] = {}
+    for step in range(job.total_steps):
+        started = time.perf_counter()
+        epoch, step_of_epoch = divmod(step, job.steps_per_epoch)
+        if step_of_epoch == 0 or step == 0:
+            order = epoch_order(len(data.train), plan.seed, epoch)
+        rows = step_rows(order, step_of_epoch, placement.global_batch)
+        tokens = trained_tokens(data.train, rows)  # over all ranks and micro-batches: what the loss is a mean over
+        rate = learning_rate(plan, step, job.total_steps)
+        engine.set_learning_rate(rate)
+
+        loss = torch.zeros((), dtype=torch.float32, device=device)  # this rank's share, nats per trained token
+        for number, batch in enumerate(rank_micro_batches(data.train, rows, placement, rank, job.pad_id)):
+            seed_dropout(plan.seed, step, batch.index)
+            input_ids = torch.from_numpy(batch.input_ids).to(device)  # (B, T) int64
+            labels = torch.from_numpy(batch.labels).to(device)
+            share = loss_sum(engine.model, input_ids, labels, keeps=keeps) / tokens
+            engine.backward(share, last=number == placement.accumulation - 1)
+            loss += share.detach()
+        outcome = engine.step()
+        dist.all_reduce(loss)
+        check_step(step, float(loss), outcome.grad_norm, outcome.applied, may_skip=plan.precision == "fp16")
+
+        seconds = time.perf_counter() - started
+        latest = {
+            "train/loss": float(loss),
+            "train/grad_norm": outcome.grad_norm,
+            "train/learning_rate": rate,
+            "train/tokens_per_second": real_tokens(data.train, rows) / seconds,
+            "train/trained_tokens": float(tokens),
+            "train/step_seconds": seconds,
+            "train/peak_memory_bytes": float(peak_memory(device)),
+            "train/skipped": float(not outcome.applied),
+        }
+        done = step + 1
+        epoch_ends = step_of_epoch == job.steps_per_epoch - 1
+        due = is_due(job, done, epoch, epoch_ends)
+        if due["evaluate"] and data.test is not None:
+            latest |= evaluate(job, engine, data.test, rank, device)
+        if rank == 0:
+            reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
+        if due["save"]:
+            save(done, epoch, latest)
+
+
+def is_due(job: Job, done: int, epoch: int, epoch_ends: bool) -> dict[str, bool]:
+    """What follows optimizer step number `done` (from 1)."""
+    plan, last = job.plan, done == job.total_steps
+    every = plan.checkpoint.every_epochs
+    return {
+        "evaluate": last or epoch_ends or bool(plan.eval_every_steps and done % plan.eval_every_steps == 0),
+        "save": last
+        or bool(every and epoch_ends and (epoch + 1) % every == 0)
+        or bool(plan.checkpoint.every_steps and done % plan.checkpoint.every_steps == 0),
+    }
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Random numbers of a forward pass depend on its place in the global batch, not on the rank that computes it."""
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+
+
+def check_step(step: int, loss: float, grad_norm: float, applied: bool, *, may_skip: bool) -> None:
+    """Raises LlmftError where the numbers are no longer numbers; fp16 may skip a step while its scale settles."""
+    if math.isfinite(loss) and ((applied and math.isfinite(grad_norm)) or may_skip):
+        return
+    raise LlmftError(
+        f"optimizer step {step + 1}: loss {loss}, gradient norm {grad_norm}: training has diverged; "
+        "lower --lr, raise --warmup-steps, use --precision fp32 or bf16, or look at the rows of this step"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this rank so far, in bytes: of the GPU's allocator, or resident on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that a checkpoint carries."""
+    wanted = ("train/loss", "train/learning_rate", "eval/loss", "eval/perplexity")
+    return {name: float(metrics[name]) for name in wanted if name in metrics}

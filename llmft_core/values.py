@@ -1,0 +1,107 @@
+"""The plain values that travel between the parts: frozen, standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cpu", "cuda"]
+
+IGNORED_LABEL = -100
+"""The label of a token that is not trained: the `ignore_index` of PyTorch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    `opening` and `closing` are special tokens around the text, or nothing. Whether the turn is trained covers the
+    text and the closing token: the model learns to answer and to stop, never to open its own turn.
+    """
+
+    role: str
+    text: str
+    trained: bool
+    opening: str = ""
+    closing: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row as a dialogue: its messages in order."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """Why a row cannot be used: the field it lies in and the reason, in one line each."""
+
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row came from: the file (or generator) and the line, counted from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A row as the model sees it. Both have the same length; a label is the token's own id, or −100 where it is not
+    trained. The shift by one position happens in the loss, nowhere else."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one training job is laid out, equal on all ranks.
+
+    `micro_batch` is rows in one forward pass of one rank; `accumulation` is forward passes of one rank in one optimizer
+    step; so the global batch is `world_size × micro_batch × accumulation` rows.
+    """
+
+    world_size: int
+    device: Device
+    precision: Precision
+    micro_batch: int
+    accumulation: int
+    max_grad_norm: float
+
+    @property
+    def global_batch(self) -> int:
+        """Rows in one optimizer step."""
+        return self.world_size * self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did. `grad_norm` is the global L2 norm before clipping; `applied` is False where the
+    step was skipped because a gradient was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of a model: all of them, and those that take part in a matrix product for each token."""
+
+    parameters: int
+    matmul_parameters: int
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token without attention scores: 6 per weight of a product (2 forward, 4 backward).
+
+        Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1.
+        """
+        return 6 * self.matmul_parameters

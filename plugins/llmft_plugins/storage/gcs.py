@@ -1,0 +1,133 @@
+"""Runs in Google Cloud Storage."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from llmft_core import InputError, Options, Problem, Problems, StorageBackend, hookimpl
+
+llmft_api = 1
+
+CONNECT_TIMEOUT = 10  # seconds
+REQUEST_TIMEOUT = 60  # seconds for one request, of at most 50 MB; gcsfs repeats no request that took so long
+SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
+
+
+class GcsOptions(Options):
+    """Options of `--storage gcs`. Credentials come from the ambient chain: GOOGLE_APPLICATION_CREDENTIALS, the login
+    of gcloud, the machine's service account."""
+
+    bucket: str = Field("", description="bucket for runs; needed where gcs is the run's storage")
+    prefix: str = Field("", description="folder in the bucket under which runs lie")
+    project: str = Field("", description="Google Cloud project; default: that of the credentials")
+    endpoint_url: str = Field("", description="URL of another server with Google's protocol: an emulator")
+    anonymous: bool = Field(False, description="send no credentials: for public buckets and emulators")
+
+
+class GcsStorage(StorageBackend):
+    """Google Cloud Storage over gcsfs."""
+
+    name = "gcs"
+    summary = "Google Cloud Storage"
+    scheme = "gs"
+    options_type = GcsOptions
+    creates_exclusively = True
+
+    def filesystem(self) -> Any:
+        # Read when gcsfs is imported: with its experimental half the first calls hang for up to 107 s in gRPC probes.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        import gcsfs
+        from aiohttp import ClientTimeout
+
+        logger = logging.getLogger("gcsfs")
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.CRITICAL)  # it prints the traceback of every error that it also raises
+        given: GcsOptions = self.options
+        token, project = ("anon", "") if given.anonymous else self._credentials()
+        return gcsfs.GCSFileSystem(
+            project=given.project or project,
+            token=token,
+            endpoint_url=given.endpoint_url or None,
+            requests_timeout=ClientTimeout(total=REQUEST_TIMEOUT, sock_connect=CONNECT_TIMEOUT),
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    def _credentials(self) -> tuple[Any, str]:
+        """Ambient credentials and their project. Left to itself gcsfs goes on anonymously where it finds none."""
+        import google.auth
+        from google.auth.exceptions import DefaultCredentialsError
+
+        try:
+            credentials, project = google.auth.default(scopes=[SCOPE])
+        except DefaultCredentialsError as error:
+            raise InputError(
+                f"no Google Cloud credentials were found ({' '.join(str(error).split())[:200]}): run `gcloud auth "
+                "application-default login`, set GOOGLE_APPLICATION_CREDENTIALS to a key file, or give the machine a "
+                "service account; --storage.anonymous is for public buckets and emulators"
+            ) from error
+        return credentials, project or ""
+
+    def root(self) -> str:
+        if not self.options.bucket:
+            raise Problems([Problem("storage.bucket", "is required: the GCS bucket in which runs are written")])
+        return "/".join([self.options.bucket, *filter(None, self.options.prefix.split("/"))])
+
+    def stored_md5(self, info: Mapping[str, Any]) -> str | None:
+        """Google keeps one for every object that was not composed of others."""
+        told = info.get("md5Hash")
+        return base64.b64decode(told).hex() if told else None
+
+    def explain(self, error: BaseException, path: str) -> str:
+        names = {base.__name__ for link in _chain(error) for base in type(link).__mro__}
+        codes = {str(getattr(link, "code", "")) for link in _chain(error)}
+        bucket = path.removeprefix("gs://").partition("/")[0]
+        where = self.options.endpoint_url or "Google Cloud Storage"
+        said = " ".join(str(error).split())[:300]
+        if names & {"GoogleAuthError"} or "401" in codes:
+            return (
+                f"{path}: {where} does not accept the credentials ({said}): check GOOGLE_APPLICATION_CREDENTIALS, or "
+                "run `gcloud auth application-default login` again"
+            )
+        if "403" in codes or "PermissionError" in names or said.startswith("Forbidden"):
+            return (
+                f"{path}: access denied by {where} ({said}): give the account of the credentials the role Storage "
+                f"Object User on bucket {bucket}, or use others (GOOGLE_APPLICATION_CREDENTIALS)"
+            )
+        if "FileNotFoundError" in names or "404" in codes:
+            return (
+                f"{path}: {where} has no such object, or no bucket {bucket}: check the path, --storage.bucket and that "
+                "the bucket was created"
+            )
+        if "TimeoutError" in names:
+            return (
+                f"{path}: {where} did not answer in time ({said or 'time-out'}): check the network, the proxy and "
+                "--storage.endpoint-url"
+            )
+        if names & {"ClientConnectionError", "ConnectionError"}:
+            return f"{path}: cannot reach {where} ({said}): check the network, the proxy and --storage.endpoint-url"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"{path}: the disk of this machine is full: free space"
+        if codes & {"429", "500", "502", "503", "504"}:
+            return f"{path}: {where} keeps failing ({said}): it is overloaded or broken; try again later"
+        return f"{path}: {type(error).__name__}: {said}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+@hookimpl
+def llmft_storage_backends() -> list[type[StorageBackend]]:
+    return [GcsStorage]

@@ -1,0 +1,160 @@
+"""S3's objects over botocore's synchronous client: ranged reads and uploads in parts that the store verifies.
+
+Apart from `s3.py`, because the client is made only when something is transferred. s3fs moves all bytes through one
+thread of asyncio; this one works in as many threads as ask (docs/decisions/0007).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llmft_core import ChangedMeanwhile, RangedReads, VerifiedUploads
+
+CONNECTIONS = 64  # kept open at most; a transfer uses as many as its budget allows
+PIECE = 2**18  # bytes read from a socket at once
+_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+
+
+class S3Objects(RangedReads, VerifiedUploads):
+    """Both for one client. Raises botocore's errors, made like those of a file system where something is missing."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    # --- reads --------------------------------------------------------------------------------------------------
+
+    def describe(self, path: str) -> tuple[int, str]:
+        with _as_file_errors():
+            head = self._client.head_object(**_names(path))
+        return int(head["ContentLength"]), str(head["ETag"])
+
+    def read_into(self, path: str, version: str, start: int, buffer: memoryview) -> None:
+        end = start + len(buffer)
+        if not buffer:
+            return
+        with _as_file_errors(path):
+            # Some stores ignore IfMatch: so the answer's ETag is compared as well.
+            answer = self._client.get_object(**_names(path), Range=f"bytes={start}-{end - 1}", IfMatch=version)
+        body = answer["Body"]
+        try:
+            if answer["ETag"] != version:
+                raise _changed(path)
+            done = 0
+            while done < len(buffer):
+                read = body.readinto(buffer[done : done + PIECE])
+                if not read:
+                    break
+                done += read
+        except _incomplete() as error:
+            raise ConnectionError(f"the answer ended too early, from byte {start} of {path}: {error}") from error
+        finally:
+            body.close()
+        if done < len(buffer):
+            raise ConnectionError(f"{done} bytes came where {len(buffer)} were asked for, from byte {start}")
+
+    # --- uploads ------------------------------------------------------------------------------------------------
+
+    def put(self, path: str, data: memoryview) -> None:
+        self._send(self._client.put_object, path, data)
+
+    def begin(self, path: str) -> str:
+        with _as_file_errors():
+            return str(self._client.create_multipart_upload(**_names(path))["UploadId"])
+
+    def unfinished(self, path: str) -> str | None:
+        from botocore.exceptions import ClientError
+
+        names = _names(path)
+        found: list[tuple[Any, str]] = []
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=names["Bucket"], Prefix=names["Key"]):
+                found += [
+                    (upload["Initiated"], upload["UploadId"])
+                    for upload in page.get("Uploads", [])
+                    if upload["Key"] == names["Key"]
+                ]
+        except ClientError as error:
+            if _code(error) in {"AccessDenied", "403", "NotImplemented", "501", "MethodNotAllowed"}:
+                return None  # who may not list uploads can still make new ones
+            if _code(error) == "NoSuchUpload":
+                return None  # rclone's answer where there are none
+            raise
+        return max(found)[1] if found else None
+
+    def parts(self, path: str, upload: str) -> dict[int, tuple[int, str]]:
+        with _as_file_errors():
+            pages = self._client.get_paginator("list_parts").paginate(**_names(path), UploadId=upload)
+            listed = [part for page in pages for part in page.get("Parts", [])]
+        return {int(part["PartNumber"]): (int(part["Size"]), _bare(part["ETag"])) for part in listed}
+
+    def tag(self, data: memoryview) -> str:
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    def put_part(self, path: str, upload: str, number: int, data: memoryview) -> str:
+        answer = self._send(self._client.upload_part, path, data, UploadId=upload, PartNumber=number)
+        return _bare(answer["ETag"])
+
+    def complete(self, path: str, upload: str, tags: Sequence[str]) -> None:
+        parts = [{"PartNumber": number, "ETag": f'"{tag}"'} for number, tag in enumerate(tags, 1)]
+        with _as_file_errors():
+            self._client.complete_multipart_upload(**_names(path), UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def abandon(self, path: str, upload: str) -> None:
+        with _as_file_errors():
+            self._client.abort_multipart_upload(**_names(path), UploadId=upload)
+
+    def _send(self, method: Callable[..., Any], path: str, data: memoryview, **names: Any) -> Any:
+        """Under the MD5 of our own bytes, with which the store compares what it got."""
+        digest = hashlib.md5(data, usedforsecurity=False).digest()
+        # botocore takes no memoryview: the memory itself where the part fills it, else a copy.
+        whole = isinstance(data.obj, bytearray) and len(data.obj) == len(data)
+        body = data.obj if whole else bytes(data)
+        with _as_file_errors(path):
+            return method(**_names(path), Body=body, ContentMD5=base64.b64encode(digest).decode(), **names)
+
+
+def _names(path: str) -> dict[str, str]:
+    bucket, _, key = path.partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+def _bare(tag: str) -> str:
+    return tag.strip('"')
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _changed(path: str) -> ChangedMeanwhile:
+    return ChangedMeanwhile(f"s3://{path} was changed while it was downloaded: run it again once nobody writes there")
+
+
+def _incomplete() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import IncompleteReadError
+    from urllib3.exceptions import HTTPError
+
+    return (IncompleteReadError, HTTPError)
+
+
+@contextmanager
+def _as_file_errors(path: str = "") -> Iterator[None]:
+    """What is missing as FileNotFoundError, a damaged request as ConnectionError (to be sent again)."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = _code(error)
+        if code in {"404", "NoSuchKey", "NoSuchUpload"}:
+            raise FileNotFoundError(str(error)) from error
+        if code in {"412", "PreconditionFailed"}:
+            raise _changed(path) from error
+        if code in _DAMAGED:
+            raise ConnectionError(f"the store got other bytes than were sent ({code})") from error
+        raise

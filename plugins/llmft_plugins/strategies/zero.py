@@ -1,0 +1,193 @@
+"""`zero-2` and `zero-3`: DeepSpeed through accelerate. Stage 2 partitions gradients and optimizer, stage 3 weights too.
+
+Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmft_core import Engine, LlmftError, Placement, Problem, StepOutcome, Strategy, hookimpl
+
+if TYPE_CHECKING:
+    import torch
+
+llmft_api = 1
+
+
+class Zero(Strategy):
+    """What the two stages share."""
+
+    stage: ClassVar[int]
+
+    def problems(self, placement: Placement) -> list[Problem]:
+        if placement.device == "cpu" and placement.precision == "fp16":
+            return [Problem("precision", "fp16 is not among DeepSpeed's CPU types: use fp32 or bf16 on CPU")]
+        return []
+
+    def configuration(self, placement: Placement) -> dict[str, Any]:
+        on_gpu = placement.device == "cuda"
+        stage: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
+        precision: dict[str, Any] = {"bf16": {"enabled": placement.precision == "bf16"}}
+        if placement.precision == "fp16":
+            precision["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+        return {
+            "zero_optimization": stage,
+            **precision,
+            "train_micro_batch_size_per_gpu": placement.micro_batch,
+            "gradient_accumulation_steps": placement.accumulation,
+            "gradient_clipping": placement.max_grad_norm,
+            "zero_allow_untested_optimizer": True,  # torch's own AdamW: exact to resume, unlike DeepSpeedCPUAdam
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+
+    def engine(self, placement: Placement, rank: int) -> Engine:
+        return ZeroEngine(self.configuration(placement), placement, rank)
+
+
+class Zero2(Zero):
+    name: ClassVar[str] = "zero-2"
+    summary: ClassVar[str] = "DeepSpeed ZeRO-2: gradients and optimizer are partitioned over ranks"
+    stage: ClassVar[int] = 2
+
+
+class Zero3(Zero):
+    name: ClassVar[str] = "zero-3"
+    summary: ClassVar[str] = "DeepSpeed ZeRO-3: weights, gradients and optimizer are partitioned over ranks"
+    stage: ClassVar[int] = 3
+
+
+class ZeroEngine(Engine):
+    """One rank under DeepSpeed."""
+
+    def __init__(self, configuration: dict[str, Any], placement: Placement, rank: int) -> None:
+        self.placement, self.rank = placement, rank
+        self.stage: int = configuration["zero_optimization"]["stage"]
+        if placement.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+        if placement.device == "cpu":
+            # DeepSpeed would compile a shared-memory operator at start: a minute, and a compiler that may not be there.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if placement.device == "cpu" else []
+        self.accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=configuration, zero3_init_flag=self.stage == 3),
+            mixed_precision={"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[placement.precision],
+            kwargs_handlers=handlers,
+        )
+        # Accelerate drops DeepSpeed or the other ranks without a word where it misreads the environment.
+        got = (self.accelerator.num_processes, self.accelerator.process_index, str(self.accelerator.distributed_type))
+        if got != (placement.world_size, rank, "DistributedType.DEEPSPEED"):
+            raise LlmftError(
+                f"accelerate set up process {got[1]} of {got[0]} as {got[2]}, "
+                f"not {rank} of {placement.world_size} under DeepSpeed"
+            )
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.placement.precision]
+
+    def building(self) -> AbstractContextManager[None]:
+        return nullcontext()  # transformers opens zero.Init itself once the plug-in above exists
+
+    def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+        return context
+
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        make_optimizer: Callable[[Sequence[tuple[str, torch.nn.Parameter, int]]], torch.optim.Optimizer],
+    ) -> None:
+        self._names = dict(model.named_parameters())
+        trained = [(name, p, len(_shape(p))) for name, p in self._names.items() if p.requires_grad]
+        self._model, self._optimizer = self.accelerator.prepare(model, make_optimizer(trained))
+        stage = self._model.zero_optimization_stage()
+        if stage != self.stage:
+            raise LlmftError(f"DeepSpeed set up ZeRO stage {stage}, not {self.stage}")
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._model
+
+    @property
+    def bare_model(self) -> torch.nn.Module:
+        module: torch.nn.Module = self._model.module
+        return module
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        # DeepSpeed averages over ranks and micro-batches; the contract is a sum. Clipping happens inside its step.
+        self._model.set_gradient_accumulation_boundary(is_boundary=last)
+        self._model.backward(loss * (self.placement.world_size * self.placement.accumulation))
+        if last:
+            self._model.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self) -> StepOutcome:
+        norm = self._model.get_global_grad_norm()
+        grad_norm = math.nan if norm is None else float(norm)
+        return StepOutcome(grad_norm, bool(self._model.was_step_applied()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: _shape(p) for name, p in self.bare_model.named_parameters()}
+
+    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        import torch
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameters = dict(self.bare_model.named_parameters())
+        found = {}
+        for name in names:
+            parameter = parameters[name]
+            if dtype == torch.float32 and parameter.requires_grad and self.placement.precision != "fp32":
+                full = safe_get_full_fp32_param(parameter)  # the master, more precise than the 16-bit copy
+                if self.rank == 0:
+                    found[name] = full.detach().to(device="cpu", dtype=dtype, copy=True)
+                continue
+            with self._readable(parameter):
+                if self.rank == 0:
+                    found[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True)
+        return found
+
+    def _readable(self, parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
+        return context
+
+    def finish(self) -> None:
+        from accelerate.state import AcceleratorState
+
+        model = getattr(self, "_model", None)
+        if model is not None:
+            model.destroy()  # lets go of hooks and buffers before the process group ends
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The full shape; a parameter that stage 3 has partitioned is an empty tensor that remembers it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@hookimpl
+def llmft_strategies() -> list[type[Strategy]]:
+    return [Zero2, Zero3]

@@ -1,0 +1,81 @@
+"""Fixtures of all tests, and an environment in which nothing of the developer's machine leaks into them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import GcsServer, S3Server, gcs_emulator, moto, rclone_s3
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+FOREIGN = ("LLMFT_", "AWS_", "GOOGLE_")  # variables that would change what a test sees
+
+_scratch: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Before any test module is imported, because some libraries read the environment at import."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    _scratch.append(tempfile.mkdtemp(prefix="llmft-tests-"))
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        RAY_USAGE_STATS_ENABLED="0",
+        LLMFT_CACHE=str(Path(_scratch[0]) / "cache"),
+        AWS_EC2_METADATA_DISABLED="true",  # no credentials means none: do not ask a metadata server for 2 s
+        NO_GCE_CHECK="true",
+        GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else a gcsfs of the tests' own probes the network for a minute
+        # an empty home for credentials: a developer's own login must not make a test pass
+        AWS_SHARED_CREDENTIALS_FILE=str(Path(_scratch[0]) / "aws-credentials"),
+        AWS_CONFIG_FILE=str(Path(_scratch[0]) / "aws-config"),
+        CLOUDSDK_CONFIG=str(Path(_scratch[0]) / "gcloud"),
+    )
+
+
+def pytest_unconfigure() -> None:
+    """The session's scratch folder goes; a folder that cannot be removed is not a test's failure."""
+    shutil.rmtree(_scratch.pop(), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """rclone: checks signatures, keeps files as files."""
+    with rclone_s3(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """moto: S3's own semantics, any credentials."""
+    with moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
+    """The GCS emulator, without credentials."""
+    with gcs_emulator(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+def _shared(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"needs the shared data {path.relative_to(SHARED_DATA.parent)} beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder() -> Path:
+    """The folder with GSM8K's train.jsonl and test.jsonl."""
+    return _shared(SHARED_DATA / "gsm8k")
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer_model() -> Path:
+    """Llama-2's sentencepiece tokenizer.model."""
+    return _shared(SHARED_DATA / "llama2-tokenizer" / "tokenizer.model")

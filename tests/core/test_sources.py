@@ -1,0 +1,329 @@
+"""Files, folders, URIs, the hub and generators → rows with their lines."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmft_core import Conversation, DatasetFormat, InputError, Options, RowProblem, SourceOptions, Split
+from llmft_core.data.hub import fetch_from_hub
+from llmft_core.data.rows import jsonl_rows, parse_json_row
+from llmft_core.data.sources import Source, find_sources
+
+
+class Plain(DatasetFormat):
+    name = "plain"
+    summary = "rows as they are"
+    options_type = SourceOptions
+
+    def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
+        return Conversation(())
+
+
+class OnHub(Plain):
+    hub_id = "openai/gsm8k"
+    hub_files = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}  # noqa: RUF012
+
+
+class Made(Plain):
+    options_type = Options
+
+    def generate(self, split: Split) -> Iterator[dict[str, Any]] | None:
+        return iter([{"n": 1}, {"n": 2}]) if split == "train" else None
+
+
+def plain(**options: str) -> Plain:
+    return Plain(SourceOptions.model_validate(options))
+
+
+def rows_of(source: Source) -> list[tuple[str, Any]]:
+    return [(str(origin), row) for origin, row in source.rows(source.digest())]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+# --- lines --------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_counted_as_an_editor_counts_them() -> None:
+    file = io.BytesIO(b'\xef\xbb\xbf{"a": 1}\r\n\n   \n{"a": "\xe2\x80\xa8 \\u2028"}\n{"a": 3}')
+    assert list(jsonl_rows(file)) == [(1, {"a": 1}), (4, {"a": "\u2028 \u2028"}), (5, {"a": 3})]
+
+
+@given(
+    st.lists(st.one_of(st.just(b""), st.just(b'{"k": 1}'), st.binary(max_size=20).map(lambda b: b.replace(b"\n", b""))))
+)
+def test_every_line_is_a_row_a_problem_or_blank(lines: list[bytes]) -> None:
+    found = dict(jsonl_rows(io.BytesIO(b"\n".join(lines))))
+    for number, line in enumerate(lines, start=1):
+        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        assert (number in found) == bool(text.strip())
+    assert all(isinstance(row, dict | RowProblem) for row in found.values())
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.integers() | st.text() | st.none(), st.lists, max_leaves=5)))
+def test_whatever_json_writes_is_read_back(row: dict[str, Any]) -> None:
+    assert parse_json_row(json.dumps(row).encode()) == row
+    assert parse_json_row(json.dumps(row, ensure_ascii=False).encode()) == row
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "reason"),
+    [
+        (b'{"question": "How many?', "", "Unterminated string"),
+        (b'{"a": 1, "a": 2}', "a", "given twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "b", "given twice"),
+        (b'{"a": "\xff"}', "", "not UTF-8: byte 0xff at position 8"),
+        (b"[1]", "", "is a JSON array, not an object"),
+        (b'"text"', "", "is a JSON string"),
+        (b"null", "", "is a JSON null"),
+        (b"true", "", "is a JSON boolean"),
+        (b"1.5", "", "is a JSON number"),
+        (b'{"a": NaN}', "", "NaN is no JSON number"),
+        (b'{"ok": "\\ud83d\\ude00", "a": "\\ud83d"}', "a", "half of a surrogate pair"),
+        (b"[" * 100_000, "", "not usable JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "", "not usable JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_line(line: bytes, field: str, reason: str) -> None:
+    problem = parse_json_row(line)
+    assert isinstance(problem, RowProblem)
+    assert problem.field == field
+    assert reason in problem.reason
+    assert "\n" not in problem.reason
+
+
+def test_a_whole_emoji_in_escapes_is_text() -> None:
+    assert parse_json_row(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+def test_lines_longer_than_a_block(tmp_path: Path) -> None:
+    long = "x" * (3 << 20)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"a": long}) + "\n" + json.dumps({"a": 1}) + "\n")
+    rows = rows_of(find_sources(plain(source=str(tmp_path)), None)["train"])
+    assert [row for _, row in rows] == [{"a": long}, {"a": 1}]
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_both_splits(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
+    write_parquet(tmp_path / "test.parquet", [{"a": 2}, {"a": 3}])
+    sources = find_sources(plain(source=str(tmp_path)), None)
+    assert rows_of(sources["train"]) == [(f"{tmp_path}/train.jsonl:1", {"a": 1})]
+    assert rows_of(sources["test"]) == [
+        (f"{tmp_path}/test.parquet:1", {"a": 2}),
+        (f"{tmp_path}/test.parquet:2", {"a": 3}),
+    ]
+
+
+def test_single_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "held.jsonl").write_text('{"a": 2}\n')
+    assert list(find_sources(plain(train=str(tmp_path / "mine.jsonl")), None)) == ["train"]
+    both = find_sources(plain(train=str(tmp_path / "mine.jsonl"), test=str(tmp_path / "held.jsonl")), None)
+    assert rows_of(both["test"]) == [(f"{tmp_path}/held.jsonl:1", {"a": 2})]
+
+
+def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("openai/gsm8k").mkdir(parents=True)
+    Path("openai/gsm8k/train.jsonl").write_text("{}\n")
+    (train,) = find_sources(plain(source="openai/gsm8k"), None).values()
+    assert rows_of(train) == [("openai/gsm8k/train.jsonl:1", {})]
+
+
+def test_uris_are_read_through_storage(tmp_path: Path) -> None:
+    from llmft_core.catalog import Catalog
+    from llmft_core.loading import load_plugins
+    from llmft_core.storage.places import Places
+
+    catalog = Catalog(load_plugins())
+    if "local" not in catalog.names("storage"):
+        pytest.skip("needs the local storage backend")
+    places = Places(catalog, None, {})
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    write_parquet(tmp_path / "test.parquet", [{"a": 3}])
+    uri = f"file://{tmp_path}"
+    sources = find_sources(plain(source=uri), places)
+    assert rows_of(sources["train"]) == [(f"{uri}/train.jsonl:1", {"a": 1}), (f"{uri}/train.jsonl:3", {"a": 2})]
+    assert rows_of(sources["test"]) == [(f"{uri}/test.parquet:1", {"a": 3})]
+    with pytest.raises(InputError, match=r"--dataset.train: there is no file file:///"):
+        find_sources(plain(train=f"{uri}/nothing.jsonl"), places)
+
+
+def test_generated_rows() -> None:
+    sources = find_sources(Made(Options()), None)
+    assert list(sources) == ["train"]
+    assert rows_of(sources["train"]) == [("plain:train:1", {"n": 1}), ("plain:train:2", {"n": 2})]
+    assert len(sources["train"].digest()) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "dataset plain has no rows of its own: give them with --dataset.source FOLDER"),
+        ({"source": "nowhere"}, "--dataset.source: there is no folder nowhere, and it is no URI and no hub id"),
+        ({"source": "./no/where"}, "there is no folder ./no/where"),
+        ({"source": "empty"}, "--dataset.source: empty has no train.jsonl and no train.parquet"),
+        ({"source": "double"}, "double has train.jsonl and train.parquet: choose one with --dataset.train FILE"),
+        (
+            {"source": "rows.jsonl"},
+            "rows.jsonl is a file: give the folder it lies in, or the file with --dataset.train",
+        ),
+        ({"train": "no.jsonl"}, "--dataset.train: there is no file no.jsonl"),
+        ({"train": "rows.csv"}, "use a .jsonl or .parquet file"),
+        ({"test": "rows.jsonl"}, "add --dataset.train FILE"),
+        ({"train": "rows.jsonl", "source": "empty"}, "not both"),
+        ({"train": "rows.jsonl", "test": "no.jsonl"}, "--dataset.test: there is no file no.jsonl"),
+        ({"source": "nobody/nothing"}, "HF_HUB_OFFLINE is set; give your own copy with --dataset.source FOLDER"),
+    ],
+)
+def test_errors_name_the_flag(
+    options: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("double").mkdir()
+    for name in ("double/train.jsonl", "double/train.parquet", "rows.jsonl", "rows.csv"):
+        Path(name).write_text("{}\n")
+    with pytest.raises(InputError) as caught:
+        find_sources(plain(**options), None)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_parquet_and_what_changes_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_text("no table")
+    with pytest.raises(InputError, match=r"--dataset.source: cannot read .*train.parquet: "):
+        rows_of(find_sources(plain(source=str(tmp_path)), None)["train"])
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    source = find_sources(plain(train=str(tmp_path / "rows.jsonl")), None)["train"]
+    with pytest.raises(InputError, match=r"--dataset.train: cannot read .*changed while it was read"):
+        list(source.rows("0" * 64))
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"--dataset.train: cannot read .*: No such file"):
+        source.digest()
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stub_hub(files: Mapping[str, bytes]) -> Iterator[str]:
+    """A hub that has these files, by path of the URL, and knows no other repository."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self, body: bool) -> None:
+            content = files.get(self.path)
+            self.send_response(200 if content is not None else 404)
+            if content is None:
+                known = any(path.split("/resolve/")[0] == self.path.split("/resolve/")[0] for path in files)
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if body:
+                self.wfile.write(content or b"")
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_sources import OnHub, SourceOptions, InputError, find_sources, rows_of
+try:
+    sources = find_sources(OnHub(SourceOptions.model_validate({"source": sys.argv[2]})), None)
+    for split, source in sources.items():
+        print(split, rows_of(source))
+except InputError as error:
+    print("InputError", error)
+"""
+
+
+def read_in_a_process(endpoint: str, home: Path, source: str = "", **env: str) -> str:
+    """In a process of its own, because the hub's client reads the environment when it is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(Path(__file__).parent), source],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_the_hub_is_the_default_source_and_is_cached(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [{"question": "q", "answer": "a"}])
+    write_parquet(tmp_path / "test.parquet", [{"question": "t", "answer": "b"}])
+    base = "/datasets/openai/gsm8k/resolve/main/main"
+    files = {
+        f"{base}/{split}-00000-of-00001.parquet": (tmp_path / f"{split}.parquet").read_bytes()
+        for split in ("train", "test")
+    }
+    files["/datasets/me/mine/resolve/main/train.jsonl"] = b'{"question": "mine"}\n'
+    home = tmp_path / "hub"
+    expected = "\n".join(
+        f"{split} [('hf://datasets/openai/gsm8k/main/{split}-00000-of-00001.parquet:1', "
+        f"{{'question': '{question}', 'answer': '{answer}'}})]"
+        for split, question, answer in (("train", "q", "a"), ("test", "t", "b"))
+    )
+    with stub_hub(files) as endpoint:
+        assert read_in_a_process(endpoint, home) == expected
+        own = read_in_a_process(endpoint, home, "me/mine")
+        assert own == "train [('hf://datasets/me/mine/train.jsonl:1', {'question': 'mine'})]"
+        unknown = read_in_a_process(endpoint, home, "me/unknown")
+        assert unknown.startswith("InputError --dataset.source: there is no folder me/unknown here and no dataset")
+    assert read_in_a_process(endpoint, home) == expected  # the server is gone
+    assert read_in_a_process(endpoint, home, HF_HUB_OFFLINE="1") == expected
+    away = read_in_a_process(endpoint, tmp_path / "other")
+    assert away == (
+        f"InputError --dataset.source: openai/gsm8k/main/train-00000-of-00001.parquet is not in the hub's cache and "
+        f"{endpoint} is out of reach; give your own copy with --dataset.source FOLDER"
+    )
+
+
+def test_offline_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"^--dataset.source: .* HF_HUB_OFFLINE is set; give your own copy .*FOLDER$"):
+        fetch_from_hub("nobody/nothing", "train.jsonl")

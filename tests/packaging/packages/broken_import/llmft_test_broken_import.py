@@ -1,0 +1,5 @@
+"""Cannot be imported."""
+
+import a_library_nobody_has  # noqa: F401
+
+llmft_api = 1

@@ -1,0 +1,77 @@
+"""Plain gloo processes for tests of training: seconds, where a Ray cluster costs half a minute."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+TIMEOUT_SECONDS = 240
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(rank, *args)` in `world_size` processes of one gloo group; the results by rank.
+
+    Raises AssertionError with the traceback of the first rank that failed or did not end cleanly.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, queue, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world_size:
+            try:
+                rank, ok, value = queue.get(timeout=TIMEOUT_SECONDS)
+            except Empty:
+                raise AssertionError(f"ranks {set(range(world_size)) - set(results)} gave no answer") from None
+            assert ok, f"rank {rank} failed:\n{value}"
+            results[rank] = value
+        for rank, process in enumerate(processes):
+            process.join(60)
+            assert process.exitcode == 0, f"rank {rank} ended with exit code {process.exitcode} after its work was done"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        value = function(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        queue.put((rank, True, value))
+    except BaseException:  # noqa: BLE001 - shipped to the parent, which raises
+        queue.put((rank, False, traceback.format_exc()))
+        queue.close()
+        queue.join_thread()
+        sys.exit(1)

@@ -1,0 +1,60 @@
+"""Token tables in memory and tiny random models, for tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+
+class ListTable:
+    """What the batches need of a TokenTable, from lists of (ids, labels)."""
+
+    def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
+        self.rows = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int64)) for ids, labels in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[number]
+
+    def length(self, number: int) -> int:
+        return len(self.rows[number][0])
+
+    def trained_tokens(self, number: int) -> int:
+        return int((self.rows[number][1][1:] != -100).sum())
+
+
+def random_table(rows: int, vocabulary: int, longest: int, seed: int = 0) -> ListTable:
+    """Rows of very different lengths of which different shares are trained."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(rows):
+        length = int(random.integers(3, longest + 1))
+        ids = random.integers(3, vocabulary, length).tolist()
+        prompt = int(random.integers(1, length))
+        made.append((ids, [-100] * prompt + ids[prompt:]))
+    return ListTable(made)
+
+
+def tiny_llama(folder: Path, vocabulary: int = 97, seed: int = 0, **settings: object) -> Path:
+    """A random Llama-2 with two layers, written as a Hugging Face folder without a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            **settings,
+        }
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

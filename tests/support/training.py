@@ -1,0 +1,118 @@
+"""What a rank does in tests of training; here, because a spawned process has to import it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tables import random_table
+
+from llmft_core.plan import RunPlan
+from llmft_core.train.job import Job
+from llmft_core.values import Placement
+
+STEPS = 5
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+
+def job_for(strategy: str, folder: Path, world_size: int, micro_batch: int, accumulation: int, **settings: Any) -> Any:
+
+    precision = settings.pop("precision", "fp32")
+    plan = RunPlan.from_json(
+        {
+            "strategy": strategy,
+            "lr": 1e-2,
+            "weight-decay": 0.1,
+            "warmup-steps": 2,
+            "precision": precision,
+            "global-batch": world_size * micro_batch * accumulation,
+            **settings,
+        }
+    )
+    placement = Placement(world_size, "cpu", precision, micro_batch, accumulation, plan.max_grad_norm)
+    rows = 14  # not a multiple of the global batch: the tail is trained with its true weight
+    per_epoch = -(-rows // placement.global_batch)
+    return Job(plan, placement, STEPS, per_epoch, 101, 0, (), {}, folder, Path(), Path())
+
+
+def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, int, int]], settings: dict) -> Any:
+    """Train with the first layout of this world size; (losses, gradient norms, evaluation losses, weights)."""
+    import torch
+
+    from llmft_core.catalog import Catalog
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.loop import train
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    class Data:
+        train = random_table(14, 101, 20)
+        test = random_table(5, 101, 20, seed=1)
+
+    catalog = Catalog(load_plugins())
+    answers = []
+    for world_size, micro_batch, accumulation in layouts:
+        job = job_for(strategy, Path(folder), world_size, micro_batch, accumulation, **settings)
+        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        recorder = Recorder()
+        train(job, engine, Data, rank, recorder, lambda step, epoch, metrics: None)  # type: ignore[arg-type]
+        shapes = engine.shapes()
+        weights = engine.gathered(list(shapes), torch.float32)
+        engine.finish()
+        found = [event["metrics"] for event in recorder.events]
+        answers.append(
+            {
+                "loss": [m["train/loss"] for m in found],
+                "norm": [m["train/grad_norm"] for m in found],
+                "eval": [m["eval/loss"] for m in found if "eval/loss" in m],
+                "weights": {name: tensor.numpy() for name, tensor in weights.items()},
+                "shapes": shapes,
+            }
+        )
+    return answers
+
+
+VOCABULARY = 101
+
+
+def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: str, precision: str) -> Any:
+    """A few steps, then an export; the gathered weights (rank 0) to compare with what lies on disk."""
+    import torch
+
+    from llmft_core.catalog import Catalog
+    from llmft_core.checkpoint.export import export
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.loop import train
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    class Data:
+        train = random_table(8, VOCABULARY, 20)
+        test = None
+
+    class Silent:
+        def send(self, event: dict[str, Any]) -> None: ...
+
+    placement = Placement(2, "cpu", precision, 2, 2, 1.0)  # type: ignore[arg-type]
+    plan = RunPlan.from_json(
+        {"strategy": strategy, "lr": 1e-2, "precision": precision, "global-batch": 8, "checkpoint": {"dtype": dtype}}
+    )
+    tokenizer = Path(base) / "tokenizer"
+    job = Job(plan, placement, 2, 1, VOCABULARY, 0, (), {}, Path(base), Path(), tokenizer)
+    engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
+    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    train(job, engine, Data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
+    folder = Path(target) if rank == 0 else None  # bytes below: several shards even of a tiny model
+    exported = export(engine, plan, Path(base), tokenizer, (7,), folder, max_shard=20_000)
+    kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    weights = engine.gathered(list(engine.shapes()), kept)
+    engine.finish()
+    return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported
