@@ -13,6 +13,7 @@ from pathlib import Path
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import VerifiedUploads
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, Progress, Task, Transfer
+from llmft_core.storage.faults import transient
 from llmft_core.storage.objects import Source, info
 from llmft_core.storage.ordered_hash import OrderedHash
 from llmft_core.storage.places import Place
@@ -118,8 +119,8 @@ class _File:
                 path, upload = self.place.path, self.upload
                 try:
                     tag = self.transfer.ask(self.place, lambda: writes.put_part(path, upload, number, data))
-                except InputError as error:
-                    if not isinstance(error.__cause__, FileNotFoundError):
+                except LlmftError as error:
+                    if not self._was_dropped(writes, error):
                         raise
                     raise DroppedUpload(
                         f"{self.place.uri}: the store has dropped the unfinished upload at part {number} "
@@ -133,6 +134,19 @@ class _File:
                 last = self._left == 0
             if last:
                 self._complete(writes, memoryview(buffer))
+
+    def _was_dropped(self, writes: VerifiedUploads, error: LlmftError) -> bool:
+        """Whether a part failed because the store no longer knows its upload. A store may say so before it has read
+        the part and then close the connection, and the answer is lost with it: so it is asked once more."""
+        if isinstance(error.__cause__, FileNotFoundError):
+            return True
+        if not isinstance(error.__cause__, Exception) or not transient(error.__cause__):
+            return False
+        try:
+            self.transfer.ask(self.place, lambda: writes.parts(self.place.path, self.upload))
+        except LlmftError as answer:
+            return isinstance(answer.__cause__, FileNotFoundError)
+        return False
 
     def _complete(self, writes: VerifiedUploads, scratch: memoryview) -> None:
         ask, place = self.transfer.ask, self.place

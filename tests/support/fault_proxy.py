@@ -17,8 +17,8 @@ REFUSAL = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n
 
 @dataclass
 class Fault:
-    """What happens to the requests that `of` accepts, `times` times. One of `status_503`, `hang`, `reset_after`,
-    `truncate_after`, `flip_answer`, `flip_request` (the last four in bytes of the body)."""
+    """What happens to the requests that `of` accepts, `times` times. One of `status_503`, `hang`, `lose_answer`,
+    `reset_after`, `truncate_after`, `flip_answer`, `flip_request` (the last four in bytes of the body)."""
 
     of: Callable[[bytes], bool]
     """Given the request's head, from the method to the empty line."""
@@ -27,6 +27,8 @@ class Fault:
     hang: bool = False
     reset_after: int | None = None
     truncate_after: int | None = None
+    lose_answer: bool = False
+    """The server gets and answers the request, the client sees only the end of the connection."""
     flip_answer: int | None = None
     flip_request: int | None = None
 
@@ -129,6 +131,8 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
             if not block:
                 raise ConnectionResetError
             answer += block
+        if fault is not None and fault.lose_answer:
+            raise ConnectionResetError
         answer_head, _, body = answer.partition(b"\r\n\r\n")
         client.sendall(answer_head + b"\r\n\r\n")
         if head.startswith(b"HEAD "):
