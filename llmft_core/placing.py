@@ -30,7 +30,7 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     world_size = max(1, workers)
     if device == "cuda" and cluster.address in ("", "local") and world_size > cluster.gpus:
         problems.append(Problem("workers", f"{world_size} workers need a GPU each; this machine has {cluster.gpus}"))
-    precision = plan.precision or ("bf16" if device == "cuda" else "fp32")
+    precision = plan.precision or ("bf16" if device == "cuda" and cluster.bf16 else "fp32")
     strategy = plan.strategy or _default_strategy(catalog, device, world_size)
     share, rest = divmod(plan.global_batch, world_size)
     if rest:

@@ -127,7 +127,9 @@ class RunPlan(Options):
     )
     eval_every_steps: NotNegative = Field(0, description="evaluate after so many optimizer steps too; 0: epochs only")
     context_length: Positive = Field(512, description="longest row in tokens")
-    precision: Precision | None = Field(None, description="arithmetic of training; default: bf16 on GPUs, fp32 on CPU")
+    precision: Precision | None = Field(
+        None, description="arithmetic of training; default: bf16 on GPUs that have it, else fp32"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )

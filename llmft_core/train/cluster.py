@@ -36,6 +36,8 @@ class Cluster:
 
     address: str
     nodes: tuple[Node, ...]
+    bf16: bool = True
+    """Whether its GPUs compute in bf16, as far as this process can see; ranks look for themselves."""
 
     @property
     def gpus(self) -> int:
@@ -58,7 +60,8 @@ def survey(plan: RunPlan, *, debug: bool) -> Cluster:
         import torch
 
         gpus = torch.cuda.device_count() if plan.gpus_per_worker != 0 else 0
-        return Cluster(address, (Node("", socket.gethostname(), os.cpu_count() or 1, gpus),))
+        bf16 = not gpus or torch.cuda.is_bf16_supported(including_emulation=False)
+        return Cluster(address, (Node("", socket.gethostname(), len(os.sched_getaffinity(0)), gpus),), bf16)
     return _connected(address, debug)
 
 

@@ -33,7 +33,7 @@ def evaluate(job: Job, engine: Engine, table: TokenTable, rank: int, device: tor
             rows = step_rows(order, number, layout.global_batch)
             for batch in rank_micro_batches(table, rows, layout, rank, job.pad_id):
                 input_ids = torch.from_numpy(batch.input_ids).to(device)  # (B, T) int64
-                labels = torch.from_numpy(batch.labels).to(device)
+                labels = torch.from_numpy(batch.labels)
                 totals[0] += loss_sum(engine.model, input_ids, labels, keeps=keeps).double()
                 totals[1] += int((batch.labels[:, 1:] >= 0).sum())
     engine.model.train()

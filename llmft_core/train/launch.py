@@ -46,6 +46,7 @@ def train_in_process(job: Job, on_event: OnEvent) -> None:
 
     # accelerate and DeepSpeed read the layout from these.
     layout = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    layout["ACCELERATE_TORCH_DEVICE"] = "cpu" if job.placement.device == "cpu" else "cuda:0"  # as Ray Train sets it
     before = {name: os.environ.get(name) for name in (*layout, "MASTER_PORT")}
     os.environ.update(layout, MASTER_PORT=str(_free_port()))
     backend = "gloo" if job.placement.device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -149,7 +150,7 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
             scaling_config=ScalingConfig(
                 num_workers=job.placement.world_size,
                 use_gpu=on_gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
+                resources_per_worker={"CPU": threads(cluster, job), **({"GPU": 1} if on_gpu else {})},
             ),
             run_config=RunConfig(name=job.plan.name, storage_path=str(Path(scratch))),
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=3600),
@@ -167,6 +168,11 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
             raise LlmftError(f"training failed: {summary_of_failure(error)}; --debug shows all") from error
         finally:
             reader.finish()
+
+
+def threads(cluster: Cluster, job: Job) -> int:
+    """Cores of a worker, as many as Ray lets it have threads: all of a machine that is ours alone."""
+    return max(1, cluster.cpus // job.placement.world_size) if cluster.address == "local" else 1
 
 
 class MailReader(threading.Thread):

@@ -47,7 +47,7 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
         for number, batch in enumerate(rank_micro_batches(data.train, rows, placement, rank, job.pad_id)):
             seed_dropout(plan.seed, step, batch.index)
             input_ids = torch.from_numpy(batch.input_ids).to(device)  # (B, T) int64
-            labels = torch.from_numpy(batch.labels).to(device)
+            labels = torch.from_numpy(batch.labels)
             share = loss_sum(engine.model, input_ids, labels, keeps=keeps) / tokens
             engine.backward(share, last=number == placement.accumulation - 1)
             loss += share.detach()

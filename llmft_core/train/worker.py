@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from llmft_core.catalog import Catalog
@@ -41,6 +43,8 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
     data = PreparedData.open(job.data)
     engine = strategy.engine(job.placement, rank)
     try:
+        if job.placement.device == "cuda":
+            check_gpus(job)
         if rank == 0:
             reporter.send({"kind": "phase", "text": "loading the model"})
         model = method.apply(build_model(job, engine))
@@ -48,8 +52,27 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         run = Places(catalog, plan.storage, plan.backends).runs() / plan.name
         with Saver(job, engine, rank, reporter, run) as saver:
             train(job, engine, data, rank, reporter, saver.save)
+    except torch.OutOfMemoryError as error:
+        raise LlmftError(
+            f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
+            f"(now {job.placement.micro_batch}) or --context-length ({plan.context_length}), add "
+            "--gradient-checkpointing, or spread the model with --strategy zero-3 over more --workers"
+        ) from error
     finally:
         engine.finish()
+
+
+def check_gpus(job: Job) -> None:
+    """Every rank has a GPU of its own, with the arithmetic that the plan wants. Raises LlmftError. Collective."""
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    taken: list[tuple[str, str]] = [("", "")] * job.placement.world_size
+    dist.all_gather_object(taken, mine)
+    if taken.count(mine) > 1:
+        ranks = [rank for rank, gpu in enumerate(taken) if gpu == mine]
+        raise LlmftError(f"ranks {ranks} share one GPU of {mine[0]}: check CUDA_VISIBLE_DEVICES, or lower --workers")
+    if job.placement.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise LlmftError(f"the {name} of {mine[0]} has no bf16: use --precision fp16 or fp32")
 
 
 class Saver:

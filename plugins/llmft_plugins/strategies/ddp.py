@@ -41,6 +41,11 @@ class DdpEngine(Engine):
         got = (self.accelerator.num_processes, self.accelerator.process_index)
         if got != (placement.world_size, rank):
             raise LlmftError(f"accelerate set up process {got[1]} of {got[0]}, not {rank} of {placement.world_size}")
+        kind = self.accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise LlmftError(f"accelerate set up {kind}, not ddp: unset ACCELERATE_USE_{kind} and its kin")
+        if self.accelerator.gradient_accumulation_steps != 1:  # it would divide the loss, which is a sum already
+            raise LlmftError("unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS: --global-batch and --micro-batch decide it")
 
     @property
     def parameter_dtype(self) -> torch.dtype:

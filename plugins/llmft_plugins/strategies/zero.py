@@ -31,7 +31,9 @@ class Zero(Strategy):
 
     def configuration(self, placement: Placement) -> dict[str, Any]:
         on_gpu = placement.device == "cuda"
-        stage: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": on_gpu}
+        # DeepSpeed's default buckets (5e8 elements, twice over with overlap) take gigabytes of a small GPU.
+        buckets = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+        stage: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, **buckets}
         precision: dict[str, Any] = {"bf16": {"enabled": placement.precision == "bf16"}}
         if placement.precision == "fp16":
             precision["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
@@ -181,6 +183,7 @@ class ZeroEngine(Engine):
             model.destroy()  # lets go of hooks and buffers before the process group ends
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own; a ddp run after this one would obey it
 
 
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
