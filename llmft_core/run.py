@@ -25,7 +25,7 @@ from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, upload_many, write_bytes
-from llmft_core.train.cluster import Cluster, on_each_node, start
+from llmft_core.train.cluster import Cluster, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
 from llmft_core.weights.cache import cache_folder
@@ -41,11 +41,12 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
     cluster = ready.cluster
     try:
         cluster = start(cluster, ready.placement.world_size, debug=debug)
-        problems = cluster_problems(ready.plan, ready.places, cluster)
-        if problems:
-            raise Problems(problems)
-        job, folders = stage(ready, cluster)
-        return train(replace(ready, cluster=cluster, job=job), folders, view)
+        with termination_as_interrupt():  # after Ray's start, which sets handlers of its own
+            problems = cluster_problems(ready.plan, ready.places, cluster)
+            if problems:
+                raise Problems(problems)
+            job, folders = stage(ready, cluster)
+            return train(replace(ready, cluster=cluster, job=job), folders, view)
     finally:
         stop(cluster)
 
