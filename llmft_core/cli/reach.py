@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft_core.cli.flags import Parser, add_backend_flags, read_flags
 from llmft_core.cli.run import quiet
-from llmft_core.plan import Layer
+from llmft_core.plan import Layer, resolve_backends
 from llmft_core.plan_sources import set_path
 
 if TYPE_CHECKING:
@@ -42,9 +41,10 @@ def reach(
     for path, value in vars(own).items():
         if path.startswith("backends."):
             set_path(flags, path, value)
-    plan = replace(given, layers=(*given.layers, Layer("flags", flags))).plan()
+    # Only what is said of storage: the rest of llmft.yaml is about runs, and need not be whole.
+    backends = resolve_backends((*given.layers, Layer("flags", flags)), given.catalog)
     if not own.debug:
         quiet()
     from llmft_core.storage.places import Places
 
-    return own, Places(given.catalog, plan.storage, plan.backends)
+    return own, Places(given.catalog, None, backends)
