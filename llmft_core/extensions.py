@@ -46,7 +46,9 @@ class Extension:
 class SourceOptions(Options):
     """Options of a dataset that is read from files: its format inherits them."""
 
-    source: str = Field("", description="folder or URI with train.jsonl and test.jsonl, or a hub id (owner/name)")
+    source: str = Field(
+        "", description="folder or URI with train.jsonl and test.jsonl, or a hub id; default: the format's own hub id"
+    )
     train: str = Field("", description="a single file or URI with the training rows, instead of --dataset.source")
     test: str = Field("", description="a single file or URI with the test rows, instead of --dataset.source")
 
