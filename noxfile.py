@@ -72,8 +72,7 @@ def example(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff, mypy --strict, and who may import whom."""
-    session.install(*CONSTRAINTS, "torch")
-    session.install(*CONSTRAINTS, "-e", ".[lint]")
+    install(session, "lint", "tests")  # mypy reads the test kit, which imports pytest
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -254,9 +254,9 @@ class Engine(ABC):
         """Full shape of every parameter by name, in the model's own order, on every rank alike; tied ones once."""
 
     @abstractmethod
-    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Full copies of these parameters in host memory, on rank 0 ({} on the others). Collective: all ranks call it
-        with the same names. Cast to `dtype` from the most precise copy there is."""
+    def gathered(self, names: Sequence[str], dtype: torch.dtype, rank: int = 0) -> dict[str, torch.Tensor]:
+        """Full copies of these parameters in host memory, on this one rank ({} on the others). Collective: all ranks
+        call it with the same arguments. Cast to `dtype` from the most precise copy there is."""
 
     @abstractmethod
     def finish(self) -> None:

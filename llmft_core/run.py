@@ -121,6 +121,7 @@ def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView
             view.say(f"{event['name']} removed: --checkpoint.keep-last and keep-best keep others")
         elif event["kind"] == "stall":
             outcome.stalled += event["seconds"]
+            outcome.waited += event["waited"]
         elif event["kind"] == "checkpoint":
             outcome.checkpoints.append(event)
             view.checkpoint(event)
@@ -162,6 +163,7 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.first_loss = outcome.first_loss if outcome.first_loss is not None else metrics["train/loss"]
     outcome.last_loss = metrics["train/loss"]
     outcome.steps = event["step"]
+    outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
 
 
 def tracker_list(ready: Ready) -> list[Tracker]:

@@ -1,53 +1,40 @@
-"""Publishing beside training: hashing, verifying and uploading never hold a rank, one checkpoint at a time."""
+"""Work beside training: writing, hashing, verifying and uploading never hold a rank, one checkpoint at a time."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from llmft_core.checkpoint.export import Exported
-from llmft_core.checkpoint.publish import publish
-from llmft_core.storage.places import Place
 
 
-class BackgroundPublisher:
-    """Rank 0's uploads. At most one is under way: whoever comes with the next waits for it, so that a slow store makes
-    training slower instead of filling the disk.
+class Background:
+    """One rank's publishing. At most one checkpoint is under way: whoever comes with the next waits for it, so that a
+    slow store makes training slower instead of filling memory and disk.
 
-    `announce` gets (place, bytes, seconds, facts) of each checkpoint once it is complete; it is called in the
-    publisher's thread. As a context manager it waits for the last upload, also when training failed: what was exported
-    before is worth keeping.
+    As a context manager it waits for the last one, also when training failed: what was taken before is worth keeping.
     """
 
-    def __init__(self, announce: Callable[[Place, int, float, Mapping[str, Any]], None]) -> None:
-        self.announce = announce
-        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmft-publish")
-        self.pending: Future[None] | None = None
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmft-publish")
+        self._pending: Future[None] | None = None
 
-    def submit(self, folder: Path, target: Place, exported: Exported, facts: Mapping[str, Any]) -> None:
-        """Begin to publish an exported folder; returns at once unless the one before is still under way.
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return self._pending is not None and not self._pending.done()
 
-        Raises LlmftError where the one before failed: its local copy is kept and named.
-        """
+    def submit(self, work: Callable[[], None]) -> None:
+        """Begin; returns at once unless the work before is still under way. Raises the LlmftError of that."""
         self.wait()
-        self.pending = self.executor.submit(self._publish, folder, target, exported, facts)
+        self._pending = self._executor.submit(work)
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises the LlmftError of a failed publication."""
-        pending, self.pending = self.pending, None
+        """Until nothing is under way. Raises the LlmftError of work that failed."""
+        pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def _publish(self, folder: Path, target: Place, exported: Exported, facts: Mapping[str, Any]) -> None:
-        started = time.perf_counter()
-        size = publish(folder, target, exported, facts)
-        self.announce(target, size, time.perf_counter() - started, facts)
-
-    def __enter__(self) -> BackgroundPublisher:
+    def __enter__(self) -> Background:
         return self
 
     def __exit__(
@@ -56,7 +43,7 @@ class BackgroundPublisher:
         try:
             if error is None:
                 self.wait()
-            elif self.pending is not None and self.pending.exception() is not None:
-                error.add_note(f"and the last checkpoint failed too: {self.pending.exception()}")
+            elif self._pending is not None and (failed := self._pending.exception()) is not None:
+                error.add_note(f"and the last checkpoint failed too: {failed}")
         finally:
-            self.executor.shutdown()
+            self._executor.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,10 @@ class Staging:
         place.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         # The host's name, because a cache on a network disk may be that of several nodes, and locks are of one.
-        prefix = f"{run}-{checkpoint}-{socket.gethostname()}-"
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=place))
-        return cls(folder, _locked(folder))
+        folder = place / f"{run}-{checkpoint}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}{PARTIAL}"
+        lock = _locked(folder)  # before the folder is there, so that nobody sweeps it
+        folder.mkdir()
+        return cls(folder, lock)
 
     def settle(self) -> Path:
         """The folder is whole: it gets its final name, which is returned."""

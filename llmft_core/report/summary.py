@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmft_core.report import words
 
+ENOUGH_STEPS = 5
 WHERE = {"name", "root", "bucket", "prefix"}
 """Storage options that a URI already says."""
 
@@ -25,6 +27,10 @@ class Outcome:
     seconds: float = 0.0
     stalled: float = 0.0
     """Seconds for which checkpoints held training."""
+    waited: float = 0.0
+    """Of them, seconds of waiting until the checkpoint before was published."""
+    step_seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    """Seconds of each optimizer step, by whether a checkpoint was being published meanwhile."""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -38,7 +44,7 @@ def summary(outcome: Outcome) -> list[str]:
     lines = ["", f"done: {words.counted(outcome.steps, 'optimizer step')} in {words.duration(outcome.seconds)}"]
     if outcome.first_loss is not None and outcome.last_loss is not None:
         lines.append(f"loss {outcome.first_loss:.4f} → {outcome.last_loss:.4f} nats per trained token")
-    lines.append(f"checkpoints held training for {words.duration(outcome.stalled)}; uploads ran beside it")
+    lines.append(stall_line(outcome))
     if outcome.best is not None:
         loss = outcome.best["metrics"]["eval/loss"]
         lines.append(f"best checkpoint: {outcome.best['uri']} (evaluation loss {loss:.4f})")
@@ -53,6 +59,17 @@ def summary(outcome: Outcome) -> list[str]:
         f"ask it:  {shlex.join(command)}",
         f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})",
     ]
+
+
+def stall_line(outcome: Outcome) -> str:
+    """What checkpoints cost. The slowdown is told where both kinds of steps were seen often enough to compare."""
+    line = f"checkpoints held training for {words.duration(outcome.stalled)}"
+    if outcome.waited > 0.1 * outcome.stalled:
+        line += f" ({words.duration(outcome.waited)} of it waiting for the upload before: write fewer, or nearer)"
+    beside, alone = outcome.step_seconds[True], outcome.step_seconds[False]
+    if min(len(beside), len(alone)) >= ENOUGH_STEPS:
+        line += f"; steps beside uploads took {statistics.median(beside) / statistics.median(alone):.2f} times as long"
+    return line
 
 
 def access_flags(storage: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,10 @@ from tables import tiny_llama
 from toy_tokenizers import save_toy_tokenizer
 from training import VOCABULARY, train_and_export
 
-from llmft_core.checkpoint.export import Exported, shard_names, split_into_shards
-from llmft_core.checkpoint.publish import publish, verify_export
+from llmft_core.checkpoint.background import Background
+from llmft_core.checkpoint.export import Comparison, Exported, judge
+from llmft_core.checkpoint.publish import publish, publish_part, verify_folder, verify_weights
+from llmft_core.checkpoint.shards import divide, shard_names, split
 from llmft_core.errors import LlmftError, one_line
 
 
@@ -36,16 +38,20 @@ def test_the_checkpoint_is_the_trained_model(
     from transformers import AutoModelForCausalLM
 
     answers = on_ranks(2, train_and_export, strategy, str(base), str(tmp_path), dtype, precision)
-    trained, exported = answers[0]
-    assert answers[1] == ({}, None)
+    trained, first, shapes = answers[0]
+    nothing, second, same = answers[1]
+    assert (nothing, same) == ({}, shapes)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(names) > 1
     assert names == shard_names(len(names))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(trained)
-    assert exported.trained == len(trained)
-    assert exported.changed == len(trained) - len(exported.unchanged) > 0.8 * len(trained)
-    verify_export(tmp_path, exported)
+    assert first.shapes.keys() & second.shapes.keys() == set()
+    assert {**first.shapes, **second.shapes} == shapes == {name: array.shape for name, array in trained.items()}
+    unchanged = [*first.unchanged, *second.unchanged]
+    assert first.changed + second.changed == len(trained) - len(unchanged) > 0.8 * len(trained)
+    verify_weights(tmp_path, Exported(shapes, first.dtype, frozenset(), 1, (), ()))
+    verify_folder(tmp_path, shapes)
 
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype="auto")
     assert not info["missing_keys"]
@@ -66,9 +72,18 @@ def test_the_checkpoint_is_the_trained_model(
 
 def test_a_large_tensor_has_a_shard_of_its_own_and_the_order_is_kept() -> None:
     shapes = {"a": (10,), "b": (100,), "c": (10,), "d": (10,)}
-    assert split_into_shards(shapes, 4, limit=100) == [["a"], ["b"], ["c", "d"]]
+    assert split(shapes, 4, limit=100) == [["a"], ["b"], ["c", "d"]]
     assert shard_names(1) == ["model.safetensors"]
     assert shard_names(2) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_files_are_dealt_out_to_the_ranks_but_not_made_tiny_for_them() -> None:
+    seven_billion = {f"layer{number}": (100_000_000,) for number in range(67)}  # 13.4 GB in bf16
+    files = divide(seven_billion, 2, world_size=16)
+    assert {shard.writer for shard in files} == set(range(14))
+    assert [name for shard in files for name in shard.names] == list(seven_billion)
+    assert [len(shard.names) for shard in divide(seven_billion, 2, world_size=2)] == [25, 25, 17], "5 GB at most"
+    assert len(divide({"a": (1000,), "b": (1000,)}, 2, world_size=8)) == 1
 
 
 @pytest.fixture
@@ -80,7 +95,7 @@ def exported(tmp_path: Path) -> tuple[Path, Exported]:
 
     with safe_open(folder / "model.safetensors", "pt") as opened:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    return folder, Exported(shapes, "F32", len(shapes), len(shapes), (), ())
+    return folder, Exported(shapes, "F32", frozenset(), len(shapes), (), ())
 
 
 def place_in(folder: Path) -> Any:
@@ -96,7 +111,7 @@ def test_publishing_marks_last_and_removes_the_local_copy(exported: tuple[Path, 
 
     folder, facts = exported
     target = tmp_path / "runs" / "checkpoint_00000"
-    size = publish(folder, place_in(target), facts, {"step": 3})
+    size = publish(folder, place_in(target), facts, {"step": 3}, shapes=facts.shapes, trained=len(facts.shapes))
     manifest_bytes = (target / "manifest.json").read_bytes()
     manifest = json.loads(manifest_bytes)
     assert not folder.exists()
@@ -110,10 +125,10 @@ def test_publishing_marks_last_and_removes_the_local_copy(exported: tuple[Path, 
 
 def test_a_file_that_is_not_the_model_is_not_published(exported: tuple[Path, Exported], tmp_path: Path) -> None:
     folder, facts = exported
-    wrong = Exported({**facts.shapes, "model.norm.weight": (33,)}, "F32", 1, 1, (), ())
+    wrong = Exported({**facts.shapes, "model.norm.weight": (33,)}, "F32", frozenset(), 1, (), ())
     target = tmp_path / "runs" / "checkpoint_00000"
     with pytest.raises(LlmftError, match=r"not the model's.*local copy is kept in"):
-        publish(folder, place_in(target), wrong, {})
+        publish(folder, place_in(target), wrong, {}, shapes=facts.shapes, trained=1)
     assert folder.is_dir()
     assert not (target / ".is_checkpoint").exists()
 
@@ -123,14 +138,12 @@ def test_a_vocabulary_that_contradicts_the_embeddings_is_refused(exported: tuple
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 5}))
     with pytest.raises(LlmftError, match="vocab_size 5, embeddings 97"):
-        verify_export(folder, facts)
+        verify_folder(folder, facts.shapes)
 
 
 def test_a_model_that_did_not_move_or_is_not_finite_is_refused(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
-
-    from llmft_core.checkpoint.export import Comparison
 
     folder = tiny_llama(tmp_path)
     weights = load_file(folder / "model.safetensors")
@@ -138,60 +151,91 @@ def test_a_model_that_did_not_move_or_is_not_finite_is_refused(tmp_path: Path) -
     for name, tensor in weights.items():
         same.look_at(name, tensor, trained=True)
     with pytest.raises(LlmftError, match="differs from the base"):
-        same.judge()
+        judge([Exported({}, "F32", frozenset(), same.changed, tuple(same.unchanged), ())])
     with pytest.raises(LlmftError, match="NaN or infinity"):
         same.look_at("x", torch.tensor([float("nan")]), trained=True)
 
 
-def test_publishing_in_the_background_announces_what_is_complete(
-    exported: tuple[Path, Exported], tmp_path: Path
-) -> None:
-    from llmft_core.checkpoint.background import BackgroundPublisher
-
+def test_two_ranks_meet_in_the_storage(exported: tuple[Path, Exported], tmp_path: Path) -> None:
+    """Rank 1 may be ready long before rank 0, or after it."""
     folder, facts = exported
+    names = sorted(facts.shapes)
+    mine, theirs = split_files(folder, names[:3], names[3:], tmp_path / "other")
     target = place_in(tmp_path / "runs" / "checkpoint_00000")
-    announced: list[tuple[str, int, int, bool]] = []
+    with Background() as other:
+        other.submit(lambda: publish_part(tmp_path / "other", target, theirs, 1))
+        size = publish(folder, target, mine, {}, shapes=facts.shapes, trained=len(names), writers=2)
+    found = sorted(path.name for path in (tmp_path / "runs" / "checkpoint_00000").iterdir())
+    assert "manifest.part-1" not in found
+    assert {"a.safetensors", "b.safetensors", ".is_checkpoint"} <= set(found)
+    manifest = json.loads((tmp_path / "runs" / "checkpoint_00000" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {*found} - {"manifest.json", ".is_checkpoint"}
+    assert size == sum(described["bytes"] for described in manifest["files"].values())
+    assert manifest["tensors"]["changed"] == len(names)
+    assert not folder.exists()
+    assert not (tmp_path / "other").exists()
 
-    def announce(place: Any, size: int, seconds: float, said: Any) -> None:
-        complete = (tmp_path / "runs" / "checkpoint_00000" / ".is_checkpoint").is_file()
-        announced.append((place.name, size, said["step"], complete))
 
-    with BackgroundPublisher(announce) as publisher:
-        publisher.submit(folder, target, facts, {"step": 3})
-    ((name, size, step, complete),) = announced
-    assert (name, step, complete) == ("checkpoint_00000", 3, True)
-    assert size > 0
-
-
-def test_a_failed_upload_stops_the_run_at_the_next_checkpoint_and_keeps_the_local_copy(
+def test_a_rank_that_fails_tells_rank_0_and_both_keep_their_files(
     exported: tuple[Path, Exported], tmp_path: Path
 ) -> None:
-    from llmft_core.checkpoint.background import BackgroundPublisher
-
     folder, facts = exported
-    (tmp_path / "blocked").write_text("a file where a folder should be")
-    target = place_in(tmp_path / "blocked" / "checkpoint_00000")
-    announced: list[Any] = []
-    publisher = BackgroundPublisher(lambda *said: announced.append(said))
-    publisher.submit(folder, target, facts, {"step": 3})
-    with pytest.raises(LlmftError, match="the local copy is kept in") as caught:
-        publisher.wait()
+    names = sorted(facts.shapes)
+    mine, theirs = split_files(folder, names[:3], names[3:], tmp_path / "other")
+    (tmp_path / "other" / "b.safetensors").write_bytes(b"not what it was")
+    target = place_in(tmp_path / "runs" / "checkpoint_00000")
+    background = Background()
+    background.submit(lambda: publish_part(tmp_path / "other", target, theirs, 1))
+    with pytest.raises(LlmftError, match=r"rank 1's part of .* could not be published") as caught:
+        publish(folder, target, mine, {}, shapes=facts.shapes, trained=1, writers=2)
     assert str(folder) in str(caught.value)
-    assert (folder / "model.safetensors").is_file()
-    assert not announced
-    publisher.executor.shutdown()
+    assert str(tmp_path / "other") in str(caught.value)
+    with pytest.raises(LlmftError, match="rank 1's part"):
+        background.wait()
+    assert folder.is_dir()
+    assert (tmp_path / "other").is_dir()
+    assert not (tmp_path / "runs" / "checkpoint_00000" / ".is_checkpoint").exists()
 
 
-def test_an_error_in_training_carries_that_of_the_last_upload(exported: tuple[Path, Exported], tmp_path: Path) -> None:
-    from llmft_core.checkpoint.background import BackgroundPublisher
+def split_files(folder: Path, first: list[str], second: list[str], other: Path) -> tuple[Exported, Exported]:
+    """The folder's weights as the files of two ranks, the second's in a folder of its own."""
+    from safetensors.torch import load_file, save_file
 
-    folder, facts = exported
-    (tmp_path / "blocked").write_text("")
-    with (  # noqa: PT012 - what is raised inside has to pass through the publisher
-        pytest.raises(LlmftError, match="diverged") as caught,
-        BackgroundPublisher(lambda *said: None) as publisher,
-    ):
-        publisher.submit(folder, place_in(tmp_path / "blocked" / "checkpoint_00000"), facts, {})
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    other.mkdir()
+    parts = []
+    for names, path in ((first, folder / "a.safetensors"), (second, other / "b.safetensors")):
+        save_file({name: weights[name] for name in names}, path, metadata={"format": "pt"})
+        shapes = {name: tuple(weights[name].shape) for name in names}
+        parts.append(Exported(shapes, "F32", frozenset(), len(names), (), ()))
+    return parts[0], parts[1]
+
+
+def test_work_in_the_background_is_waited_for_and_fails_at_the_next_one() -> None:
+    done: list[int] = []
+    with Background() as background:
+        background.submit(lambda: done.append(1))
+    assert done == [1]
+    assert not background.busy
+
+    def fail() -> None:
+        raise LlmftError("the local copy is kept in x")
+
+    failing = Background()
+    failing.submit(fail)
+    with pytest.raises(LlmftError, match="the local copy is kept in x"):
+        failing.submit(lambda: done.append(2))
+    assert done == [1]
+
+
+def test_an_error_in_training_carries_that_of_the_last_upload() -> None:
+    def fail() -> None:
+        raise LlmftError("the local copy is kept in x")
+
+    with pytest.raises(LlmftError, match="diverged") as caught, Background() as background:  # noqa: PT012
+        background.submit(fail)
         raise LlmftError("training has diverged")
-    assert one_line(caught.value).startswith("training has diverged; and the last checkpoint failed too: ")
-    assert "the local copy is kept" in one_line(caught.value)
+    assert one_line(caught.value) == (
+        "training has diverged; and the last checkpoint failed too: the local copy is kept in x"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers import S3Server
@@ -24,7 +25,7 @@ def made(folder: Path) -> tuple[Path, Exported]:
     for name in ("config.json", "generation_config.json"):
         (folder / name).write_text("{}")
     save_toy_tokenizer(folder)
-    return folder, Exported({"model.norm.weight": (4,)}, "F32", 1, 1, (), ())
+    return folder, Exported({"model.norm.weight": (4,)}, "F32", frozenset(), 1, (), ())
 
 
 @pytest.fixture
@@ -37,14 +38,14 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     run = Places(Catalog(load_plugins()), None, {}).place(str(tmp_path / "store" / "runs" / "r"))
     metrics = {"train/loss": 2.5, "eval/loss": 2.25}
-    publish(*_swapped(made(tmp_path / "a"), run / "checkpoint_00000"), {"step": 7, "metrics": metrics})
-    publish(*_swapped(made(tmp_path / "b"), run / "checkpoint_00001"), {"step": 9, "metrics": {}})
+    put(made(tmp_path / "a"), run / "checkpoint_00000", {"step": 7, "metrics": metrics})
+    put(made(tmp_path / "b"), run / "checkpoint_00001", {"step": 9, "metrics": {}})
     (tmp_path / "store" / "runs" / "r" / "checkpoint_00001" / ".is_checkpoint").unlink()
     return tmp_path / "store"
 
 
-def _swapped(one: tuple[Path, Exported], place: object) -> tuple:
-    return one[0], place, one[1]
+def put(made: tuple[Path, Exported], place: Any, facts: dict[str, Any]) -> None:
+    publish(made[0], place, made[1], facts, shapes=made[1].shapes, trained=1)
 
 
 def checkpoint(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -122,7 +123,7 @@ def test_a_checkpoint_in_a_bucket(
         monkeypatch.setenv(name, value)
     backends = {"s3": {"endpoint-url": s3_server.endpoint_url}}
     place = Places(Catalog(load_plugins()), None, backends).place("s3://bucket/stored/runs/r/checkpoint_00000")
-    publish(*_swapped(made(tmp_path / "a"), place), {"step": 1, "metrics": {}})
+    put(made(tmp_path / "a"), place, {"step": 1, "metrics": {}})
     reach = ("--backends.s3.endpoint-url", s3_server.endpoint_url)
     code, out, err = checkpoint(capsys, "list", *reach, "s3://bucket/stored")
     assert (code, err) == (0, "")

@@ -80,7 +80,7 @@ def test_a_root_that_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
     from llmft_core.preflight import node_problems
 
     plan = RunPlan.from_json({"strategy": "ddp"}).to_json()
-    assert node_problems(plan, "") == []
+    assert node_problems(plan, "", 0) == []
     seen = tmp_path / "runs" / "flag"
-    (problem,) = node_problems(plan, str(seen))
+    (problem,) = node_problems(plan, str(seen), 0)
     assert f"storage.root: {seen.parent} is not the driver's folder" in problem

@@ -84,11 +84,13 @@ VOCABULARY = 101
 
 
 def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: str, precision: str) -> Any:
-    """A few steps, then an export; the gathered weights (rank 0) to compare with what lies on disk."""
+    """A few steps, then a snapshot whose files each rank writes into one folder; the gathered weights (rank 0), and
+    what each rank wrote."""
     import torch
 
     from llmft_core.catalog import Catalog
-    from llmft_core.checkpoint.export import export
+    from llmft_core.checkpoint.export import write_rest, write_weights
+    from llmft_core.checkpoint.snapshot import take_snapshot
     from llmft_core.loading import load_plugins
     from llmft_core.train.loop import train
     from llmft_core.train.model import build_model
@@ -110,9 +112,12 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
     train(job, engine, Data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
-    folder = Path(target) if rank == 0 else None  # bytes below: several shards even of a tiny model
-    exported = export(engine, plan, Path(base), tokenizer, (7,), folder, max_shard=20_000)
+    snapshot = take_snapshot(engine, plan, rank, 2, max_shard=20_000)  # bytes: several files even of a tiny model
+    assert set(snapshot.tensors) == {shard.file for shard in snapshot.shards if shard.writer == rank}
+    exported = write_weights(snapshot, Path(base), Path(target))
+    if rank == 0:
+        write_rest(snapshot, tokenizer, (7,), Path(target))
     kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     weights = engine.gathered(list(engine.shapes()), kept)
     engine.finish()
-    return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported
+    return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported, dict(snapshot.shapes)

@@ -116,7 +116,7 @@ class SoloEngine(Engine):
         """Shapes in the model's order; tied weights once."""
         return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
 
-    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def gathered(self, names: Sequence[str], dtype: torch.dtype, rank: int = 0) -> dict[str, torch.Tensor]:
         """Copies: the export writes them while training goes on."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach().to("cpu", dtype, copy=True) for name in names}

@@ -111,8 +111,8 @@ class DdpEngine(Engine):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._bare.named_parameters()}
 
-    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        if self.accelerator.process_index != 0:
+    def gathered(self, names: Sequence[str], dtype: torch.dtype, rank: int = 0) -> dict[str, torch.Tensor]:
+        if self.accelerator.process_index != rank:
             return {}
         parameters = dict(self._bare.named_parameters())
         return {name: parameters[name].detach().to(device="cpu", dtype=dtype, copy=True) for name in names}

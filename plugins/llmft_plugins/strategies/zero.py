@@ -149,7 +149,7 @@ class ZeroEngine(Engine):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: _shape(p) for name, p in self.bare_model.named_parameters()}
 
-    def gathered(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def gathered(self, names: Sequence[str], dtype: torch.dtype, rank: int = 0) -> dict[str, torch.Tensor]:
         import torch
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -159,11 +159,11 @@ class ZeroEngine(Engine):
             parameter = parameters[name]
             if dtype == torch.float32 and parameter.requires_grad and self.placement.precision != "fp32":
                 full = safe_get_full_fp32_param(parameter)  # the master, more precise than the 16-bit copy
-                if self.rank == 0:
+                if self.rank == rank:
                     found[name] = full.detach().to(device="cpu", dtype=dtype, copy=True)
                 continue
             with self._readable(parameter):
-                if self.rank == 0:
+                if self.rank == rank:
                     found[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True)
         return found
 
