@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmft_core.errors import InputError
 from llmft_core.storage.places import Place, checked_name
-from llmft_core.storage.transfer import read_bytes
+from llmft_core.storage.transfer import exists, read_bytes
 
 MANIFEST = "manifest.json"
 """Written last: a mirror that has it was copied whole."""
@@ -60,3 +62,16 @@ def read_manifest(place: Place) -> Manifest | None:
             raise InputError(f"{place.uri} is damaged ({error!r}): {again}") from error
         return None
     return Manifest(files, str(data.get("model", "")), ours, done) if files else None
+
+
+def known_hashes(place: Place) -> dict[str, tuple[int, str]]:
+    """File → (bytes, SHA-256) of a model's files, as its manifest says, or as the hub's cache names them; {} where
+    nothing is known. Raises InputError where the manifest is damaged."""
+    if exists(place / MANIFEST):
+        manifest = read_manifest(place / MANIFEST)
+        return manifest.files if manifest is not None else {}
+    if place.backend.scheme != "file" or not (folder := Path(place.path)).is_dir():
+        return {}
+    named = {path.name: (path.stat().st_size, path.resolve().name) for path in folder.iterdir() if path.is_symlink()}
+    # The hub's cache keeps large files as blobs/SHA-256 and links to them.
+    return {name: known for name, known in named.items() if re.fullmatch("[0-9a-f]{64}", known[1])}

@@ -92,9 +92,14 @@ def family_for(config: Mapping[str, Any], origin: str, catalog: Catalog) -> Mode
     return (special or claiming)[0]
 
 
+def built_folder(family: ModelFamily, name: str) -> Path:
+    """Where this node keeps a model that its family makes. It need not exist yet."""
+    return cache_folder() / "built" / f"{family.name}-{name}-{family.content_version}"
+
+
 def _built(family: ModelFamily, name: str) -> tuple[Path, str]:
     """A model that its family makes: once for each version of its content."""
-    folder = cache_folder() / "built" / f"{family.name}-{name}-{family.content_version}"
+    folder = built_folder(family, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not folder.is_dir():
