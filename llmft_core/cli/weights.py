@@ -72,7 +72,8 @@ def check_flags(own: argparse.Namespace) -> str:
     words = [word for word in (own.what, own.target) if word]
     least, most, use = USES[own.action]
     if not least <= len(words) <= most:
-        raise InputError(f"{PROG} {own.action} takes {'no' if not words else len(words)} such words: write `{use}`")
+        said = f"{len(words)} words were given" if words else "nothing was given"
+        raise InputError(f"{said} for {own.action}: write `{use}`")
     for flag, given, action in (("--as", own.name, "mirror"), ("--json", own.json, "list")):
         if given and own.action != action:
             raise InputError(f"{flag} belongs to `{USES[action][2]}`, not to {own.action}")
