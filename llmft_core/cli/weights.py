@@ -126,11 +126,12 @@ def mirror(reached: Reached) -> None:
 
     what, catalog = reached.own.what, reached.catalog
     given = reached.own.name or what
-    name = hub_repository(given, catalog) or given
-    if not reached.own.name and "://" in what:
-        name = model_name(what.rstrip("/").rpartition("/")[2])
-    elif not reached.own.name and Path(what).expanduser().is_dir():
-        name = name_of(Path(what).expanduser())
+    if not (name := hub_repository(given, catalog)):
+        name = given
+        if not reached.own.name and "://" in what:
+            name = model_name(what.rstrip("/").rpartition("/")[2])
+        elif not reached.own.name and Path(what).expanduser().is_dir():
+            name = name_of(Path(what).expanduser())
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise InputError(f"{name!r} cannot be a model's name in a mirror: give one with --as OWNER/NAME")
     root = reached.places.place(reached.own.target)

@@ -163,6 +163,15 @@ def test_a_model_that_the_mirror_lacks_is_found_in_preflight(
         stage("llama-2-7b", "nosuch://nowhere/mirror")
 
 
+def test_a_mirror_in_a_folder_is_named_absolutely_for_the_nodes(tmp_path: Path) -> None:
+    from llmft_core.placing import absolute_mirror
+    from llmft_core.plan import WeightsOptions
+
+    assert absolute_mirror(WeightsOptions(mirror="m")).mirror == str(tmp_path / "m")
+    for as_it_is in ("", "s3://bucket/m"):
+        assert absolute_mirror(WeightsOptions(mirror=as_it_is)).mirror == as_it_is
+
+
 def test_what_leads_out_of_the_mirror_is_refused(source: Path, uri: str) -> None:
     write_bytes(at(f"{uri}/{CACHED}/refs/main"), b"../../elsewhere")
     with pytest.raises(InputError, match=r"refs/main holds '\.\./\.\./elsewhere', which is no commit"):
