@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,9 +91,14 @@ def fetch(reached: Reached) -> None:
     from llmft_core.weights.mirror import read_cache_manifest
     from llmft_core.weights.stage import hub_repository, stage_model
 
+    what = reached.own.what
+    repository = hub_repository(what, reached.catalog)
+    from_hub = bool(repository) and not reached.plan.weights.mirror
+    if from_hub:
+        say_hub(repository)
     moved = 0
     began = time.monotonic()
-    with transfer_bar(f"fetching {reached.own.what}") as bar:
+    with transfer_bar(f"fetching {what}") as bar:
 
         def progress(done: int, total: int) -> None:
             nonlocal moved
@@ -102,8 +108,7 @@ def fetch(reached: Reached) -> None:
         model = stage_model(reached.plan, reached.catalog, reached.places, weights=True, progress=progress)
     seconds = time.monotonic() - began
     sizes = [path.stat().st_size for path in model.path.iterdir() if is_model_file(path.name)]
-    from_hub = hub_repository(reached.own.what, reached.catalog) and not reached.plan.weights.mirror
-    if "://" not in reached.own.what and not reached.plan.weights.mirror:
+    if from_hub or not (repository or "://" in what):
         how = "in the hub's own cache" if from_hub else "on this node"
     elif not moved:
         how = "it was in the cache, nothing was fetched"
@@ -140,6 +145,8 @@ def mirror(reached: Reached) -> None:
     began = time.monotonic()
     # from the hub itself: a mirror that the environment names may be the one that is to be filled
     plan = reached.plan.model_copy(update={"weights": WeightsOptions()})
+    if repository := hub_repository(what, catalog):
+        say_hub(repository)
     with transfer_bar(f"fetching {what}") as bar:
         model = stage_model(plan, catalog, reached.places, weights=True, progress=bar)
     with transfer_bar(f"copying to {target.uri}") as bar:
@@ -149,6 +156,11 @@ def mirror(reached: Reached) -> None:
     print(f"{words.size(sent.bytes)} in {sent.files} files, {words.duration(time.monotonic() - began)}: {how}")
     use = f"--model {name} --weights.mirror {root.uri}" if "/" in name else f"--model {target.uri}"
     print(f"use it with: {use}")
+
+
+def say_hub(repository: str) -> None:
+    """The hub's library shows no progress of ours."""
+    print(f"fetching {repository} from the hub, unless its cache has it", file=sys.stderr)
 
 
 def show_list(reached: Reached) -> None:

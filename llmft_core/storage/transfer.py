@@ -17,7 +17,7 @@ from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.downloads import download_files
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress
 from llmft_core.storage.faults import Patience, attempt
-from llmft_core.storage.objects import fetch, info
+from llmft_core.storage.objects import fetch, info, version_of
 from llmft_core.storage.places import Place, checked_name
 from llmft_core.storage.uploads import upload_files
 
@@ -28,6 +28,12 @@ _PROBE_PATIENCE = Patience(attempts=2, first_wait=0.5, deadline=10, limit=40)  #
 
 def list_files(place: Place) -> dict[str, int]:
     """All files below a folder: relative path → bytes, as they are now; {} where there is no such folder."""
+    return {name: size for name, (size, _) in list_versions(place).items()}
+
+
+def list_versions(place: Place) -> dict[str, tuple[int, str]]:
+    """As `list_files`: relative path → (bytes, version). The version is another one after a change of the content (the
+    store's checksum or generation, a local file's time), and empty where the store lists none."""
     fs = attempt(place, lambda: place.fs)
     # fsspec's generic walk leaves out folders that it cannot read; the object stores' flat listing does not.
     strict = {} if fs.async_impl else {"on_error": "raise"}
@@ -43,14 +49,14 @@ def list_files(place: Place) -> dict[str, int]:
 
     prefix = place.path.rstrip("/") + "/"
     found = attempt(place, listing)
-    sizes = {
-        path.removeprefix(prefix): int(info["size"])
+    files = {
+        path.removeprefix(prefix): (int(info["size"]), version_of(info))
         for path, info in found.items()
         if path.startswith(prefix) and path != prefix and not path.endswith("/")
     }
-    for name in sizes:
+    for name in files:
         checked_name(name)  # an object may be called `../x`; nobody joins such a name to a local folder
-    return dict(sorted(sizes.items()))
+    return dict(sorted(files.items()))
 
 
 def list_names(place: Place) -> list[str]:

@@ -34,6 +34,8 @@ class Source:
     """Relative path → bytes, of all files."""
     manifest: Manifest | None
     """What its writer promised, where it has one: mirrors of ours and checkpoints do."""
+    versions: dict[str, str]
+    """Relative path → what the store says of the content (ETag, generation, time); empty where it says nothing."""
 
     def digest(self) -> str:
         """SHA-256 (hex) of what all of the model's files hold, wherever they lie; empty where it is not known."""
@@ -46,20 +48,22 @@ class Source:
 def look(place: Place, origin: str) -> Source:
     """Lists a folder and reads its manifest. Raises InputError where the two do not agree: files are missing, of
     another size, or too many; or the copy was never finished."""
-    from llmft_core.storage.transfer import list_files
+    from llmft_core.storage.transfer import list_versions
     from llmft_core.weights.manifest import MANIFEST, UNFINISHED, read_manifest
 
-    sizes = list_files(place)
+    listed = list_versions(place)
+    sizes = {name: size for name, (size, _) in listed.items()}
+    versions = {name: version for name, (_, version) in listed.items()}
     if MANIFEST not in sizes:
         if UNFINISHED in sizes:
             raise InputError(
                 f"{origin}: {place.uri} is not complete, the copy to it was interrupted: run the same `llmft weights "
                 "mirror` again, it continues"
             )
-        return Source(place, sizes, None)
+        return Source(place, sizes, None, versions)
     manifest = read_manifest(place / MANIFEST)
     if manifest is None:
-        return Source(place, sizes, None)
+        return Source(place, sizes, None, versions)
     again = "copy it there again (`llmft weights mirror`)"
     for name, (promised, _) in manifest.files.items():
         if not is_model_file(name):
@@ -76,7 +80,7 @@ def look(place: Place, origin: str) -> Source:
             f"{origin}: {(place / beyond[0]).uri} is not in the manifest beside it: somebody put it there; remove it, "
             f"or {again}"
         )
-    return Source(place, sizes, manifest)
+    return Source(place, sizes, manifest, versions)
 
 
 def mirror(
@@ -90,9 +94,9 @@ def mirror(
 ) -> Path:
     """Fetch the wanted files of a folder into the cache, unless they are there. Returns the node-local folder.
 
-    The folder's key holds the URI, the wanted files' sizes and, where the source has one, its manifest: what is
-    overwritten at the source gets a new folder, and one that a running job maps is never touched. A file in the cache
-    that was cut or changed since is fetched again. `source`: what `look` said; `model`: the hub id, for
+    The folder's key holds the URI, the wanted files' sizes and what its manifest, else the store says of their content:
+    what is overwritten at the source gets a new folder, and one that a running job maps is never touched. A file in the
+    cache that was cut or changed since is fetched again. `source`: what `look` said; `model`: the hub id, for
     `llmft weights list`. Raises InputError where nothing wanted is there, LlmftError where a file is not what the
     source's manifest says.
     """
@@ -105,7 +109,8 @@ def mirror(
     root.mkdir(parents=True, exist_ok=True)
     promised = {name: sha256 for name, (_, sha256) in source.manifest.files.items()} if source.manifest else {}
     promised = {name: promised[name] for name in sizes if name in promised}
-    key = hashlib.sha256(json.dumps([place.uri, sizes, promised]).encode()).hexdigest()[:16]
+    versions = {name: source.versions[name] for name in sizes if name not in promised}
+    key = hashlib.sha256(json.dumps([place.uri, sizes, promised, versions]).encode()).hexdigest()[:16]
     folder = root / f"{place.name or 'root'}-{key}"
     described = {"uri": place.uri, "model": model, "promised": {*promised} == {*sizes}}
     partial = folder.with_name(f"{folder.name}.partial")

@@ -135,6 +135,6 @@ def _from_place(
     path = mirror(place, origin, wanted, source=source, model=repository, progress=progress)
     if digest := source.digest():
         return path, digest
-    sizes = {name: size for name, size in source.sizes.items() if is_model_file(name)}
-    small = [(name, hashlib.sha256((path / name).read_bytes()).hexdigest()) for name in sizes if is_small_file(name)]
-    return path, hashlib.sha256(f"{place.uri}\0{sizes}\0{small}".encode()).hexdigest()
+    facts = {name: (size, source.versions[name]) for name, size in source.sizes.items() if is_model_file(name)}
+    small = [(name, hashlib.sha256((path / name).read_bytes()).hexdigest()) for name in facts if is_small_file(name)]
+    return path, hashlib.sha256(f"{place.uri}\0{facts}\0{small}".encode()).hexdigest()

@@ -142,7 +142,10 @@ def test_a_model_is_found_in_each_layout_and_fetched_once(layout: str, source: P
     read = [line for line in again if line.startswith(b"GET") and b"?" not in line]  # with one it is a listing
     assert again
     assert [line for line in read if b"refs/main" not in line] == []
+    flip(at(f"{mirror}/{SHARDS[0]}" if mirror != uri else f"{uri}/{layout}/{SHARDS[0]}"), b"x" * 100_000)
+    assert stage("llama-2-7b", mirror).digest != whole.digest, "what was overwritten is seen, though as large as before"
     if layout.startswith(CACHED):
+        whole = stage("llama-2-7b", mirror)
         by_uri = stage(f"{uri}/{CACHED}", "")
         assert by_uri.path == whole.path
 
