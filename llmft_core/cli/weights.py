@@ -126,7 +126,7 @@ def mirror(reached: Reached) -> None:
     from llmft_core.report.transfers import transfer_bar
     from llmft_core.weights.held import name_of
     from llmft_core.weights.layout import folder_name, model_name
-    from llmft_core.weights.publish import check_target, publish
+    from llmft_core.weights.publish import check_mirror, check_target, publish
     from llmft_core.weights.stage import hub_repository, stage_model
 
     what, catalog = reached.own.what, reached.catalog
@@ -141,6 +141,7 @@ def mirror(reached: Reached) -> None:
         raise InputError(f"{name!r} cannot be a model's name in a mirror: give one with --as OWNER/NAME")
     root = reached.places.place(reached.own.target)
     target = root / folder_name(name)
+    check_mirror(root)
     check_target(target)
     began = time.monotonic()
     # from the hub itself: a mirror that the environment names may be the one that is to be filled

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.engine import Progress
 from llmft_core.storage.places import Place
-from llmft_core.storage.transfer import delete, list_files, upload, upload_many, write_bytes
+from llmft_core.storage.transfer import delete, exists, list_files, upload, upload_many, write_bytes
 from llmft_core.weights.files import is_model_file
 from llmft_core.weights.manifest import MANIFEST, UNFINISHED, Manifest, known_hashes, read_manifest
 
@@ -95,6 +95,13 @@ def _done(target: Place, there: dict[str, int], manifest: Manifest) -> set[str]:
             )
         return {name for name in found.done if there.get(name) == found.files[name][0]}
     return set()
+
+
+def check_mirror(root: Place) -> None:
+    """InputError where a mirror is a model itself: one inside of another would be found by nobody."""
+    for name in ("config.json", UNFINISHED):
+        if exists(root / name):
+            raise InputError(f"{root.uri} is a model's own folder (it has {name}), no mirror: give the folder above it")
 
 
 def check_target(target: Place) -> None:

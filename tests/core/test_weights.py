@@ -385,6 +385,7 @@ def test_the_hub_s_cache_is_verified_by_its_own_names(
         (("fetch", "llama-3"), "no model is called llama-3"),
         (("fetch", "./nowhere"), "no such folder"),
         (("mirror", "llama-2-tiny", "m", "--as", "../x"), "'../x' cannot be a model's name in a mirror"),
+        (("mirror", "llama-2-tiny", "source"), "is a model's own folder (it has config.json), no mirror"),
         (("list", "nowhere"), "holds no models: give a mirror's root"),
         (("verify", "owner/name"), "neither a folder nor in this node's cache"),
         (("verify", "source"), "has no manifest.json"),
