@@ -46,7 +46,9 @@ class Extension:
 class SourceOptions(Options):
     """Options of a dataset that is read from files: its format inherits them."""
 
-    source: str = Field("", description="folder or URI with train.jsonl and test.jsonl, or a hub id (owner/name)")
+    source: str = Field(
+        "", description="folder or URI with train.jsonl and test.jsonl, or a hub id; default: the format's own hub id"
+    )
     train: str = Field("", description="a single file or URI with the training rows, instead of --dataset.source")
     test: str = Field("", description="a single file or URI with the test rows, instead of --dataset.source")
 
@@ -109,8 +111,12 @@ class StorageBackend(Extension, ABC):
     """Whether `filesystem().pipe_file(path, data, mode="create")` raises FileExistsError where a file is there, even
     when two processes write at once. Not every server behind one protocol keeps this."""
 
+    flags: str = "storage"
+    """Where its options are in the plan: `backends.NAME` unless it is the run's storage. Set by the core."""
+
     def explain(self, error: BaseException, path: str) -> str:
-        """A store's own error as one line that names the thing, the cause and the next action."""
+        """A store's own error as one line that names the thing, the cause and the next action. It may speak of
+        `--storage.…`: where the options stand elsewhere in this plan, the core says so instead."""
         return f"{path}: {type(error).__name__}: {error}"
 
     def uri(self, path: str) -> str:

@@ -43,13 +43,14 @@ def head(ready: Ready) -> list[tuple[str, str]]:
     lines += [
         (
             "batch",
-            f"{placement.global_batch} rows = {placement.world_size} workers × {placement.micro_batch} (micro-batch) × "
+            f"{words.counted(placement.global_batch, 'row')} = {words.counted(placement.world_size, 'worker')} × "
+            f"{placement.micro_batch} (micro-batch) × "
             f"{placement.accumulation} (accumulation), {words.share(ready.padding)} padding",
         ),
         (
             "steps",
-            f"{words.count(job.total_steps)} optimizer steps = {epochs:.2f} epochs of "
-            f"{words.count(job.steps_per_epoch)} steps, about {words.count(epochs * train.tokens)} tokens",
+            f"{words.counted(job.total_steps, 'optimizer step')} = {epochs:.2f} epochs of "
+            f"{words.counted(job.steps_per_epoch, 'step')}, about {words.count(epochs * train.tokens)} tokens",
         ),
         (
             "rate",
@@ -81,6 +82,11 @@ def warnings(ready: Ready) -> list[str]:
                 if costly
                 else "; --model chooses a real one"
             )
+        )
+    if ready.plan.warmup_steps >= ready.job.total_steps:
+        found.append(
+            f"--warmup-steps {ready.plan.warmup_steps} is not less than the run's "
+            f"{words.counted(ready.job.total_steps, 'optimizer step')}: the learning rate never reaches its peak"
         )
     if ready.data.test is None:
         found.append("no test split: nothing will be evaluated; --data.validation-fraction 0.05 keeps some rows for it")

@@ -26,6 +26,10 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
             Problem("gpus-per-worker", "there is no GPU here: use --gpus-per-worker 0, or another --cluster")
         )
     device: Device = "cuda" if gpus_per_worker and cluster.gpus else "cpu"
+    if plan.workers == 0 and plan.cluster not in ("auto", "local"):
+        problems.append(
+            Problem("cluster", f"--workers 0 trains in this process, not at {plan.cluster}: leave out one of the two")
+        )
     workers = plan.workers if plan.workers is not None else (cluster.gpus if device == "cuda" else min(2, cluster.cpus))
     world_size = max(1, workers)
     if device == "cuda" and cluster.address in ("", "local") and world_size > cluster.gpus:

@@ -45,7 +45,9 @@ NotNegative = Annotated[int, Field(ge=0)]
 class ModelOptions(Options):
     """Which model is trained."""
 
-    name: str = Field("llama-2-tiny", description="a model's short name, a hub id (owner/name), a folder or a URI")
+    name: str = Field(
+        "llama-2-tiny", min_length=1, description="a model's short name, a hub id (owner/name), a folder or a URI"
+    )
     tokenizer: str = Field("", description="folder, file or URI of another tokenizer than the model's own")
 
 
@@ -67,7 +69,9 @@ class DataOptions(Options):
         0.05, ge=0, le=1, description="largest share of rows that may be dropped or cut; more is refused"
     )
     train_on: str = Field(
-        "completion", description="what is trained: completion (what the format marks), all, or roles (ROLE,…)"
+        "completion",
+        min_length=1,
+        description="what is trained: completion (what the format marks), all, or roles (ROLE,…)",
     )
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the training rows kept for evaluation where there is no test split"
@@ -255,6 +259,9 @@ def resolve(layers: Sequence[Layer], catalog: Catalog) -> RunPlan:
         name: _without_name(_checked("storage", {**options, "name": name}, catalog, problems, f"backends.{name}"))
         for name, options in plan.backends.items()
     }
+    if plan.storage["name"] in plan.backends:
+        name = plan.storage["name"]
+        problems.append(Problem(f"backends.{name}", f"{name} is the run's own storage: write --storage.… instead"))
     problems += _model_problems(plan, catalog)
     if updates["storage"] and not any(problem.path.startswith("storage") for problem in problems):
         backend: StorageBackend = catalog.create("storage", updates["storage"])
@@ -267,6 +274,30 @@ def resolve(layers: Sequence[Layer], catalog: Catalog) -> RunPlan:
     if problems:
         raise Problems([_with_source(problem, sources) for problem in problems])
     return plan.model_copy(update=updates)
+
+
+def resolve_backends(layers: Sequence[Layer], catalog: Catalog) -> dict[str, dict[str, Any]]:
+    """What the layers say of storage, as options by backend name: the run's storage is one of them here, and its
+    `backends` options are stronger. The rest of the plan may be wrong or missing. Raises Problems."""
+    only = [Layer(layer.source, {k: v for k, v in layer.data.items() if k in _STORAGE_KEYS}) for layer in layers]
+    merged, sources = merge(only)
+    wanted: dict[str, dict[str, Any]] = {}
+    storage = as_choice(merged.get("storage", {}))
+    if isinstance(storage, Mapping) and isinstance(storage.get("name"), str):
+        wanted[storage["name"]] = _without_name(dict(storage))
+    for name, options in (merged.get("backends") or {}).items():
+        wanted[name] = {**wanted.get(name, {}), **options}
+    problems: list[Problem] = []
+    checked = {
+        name: _without_name(_checked("storage", {**options, "name": name}, catalog, problems, f"backends.{name}"))
+        for name, options in wanted.items()
+    }
+    if problems:
+        raise Problems([_with_source(problem, sources) for problem in problems])
+    return checked
+
+
+_STORAGE_KEYS = ("storage", "backends")
 
 
 def _without_name(choice: Choice) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -28,7 +29,9 @@ def read_plan_file(path: Path, source: str = "") -> Layer:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_keys_given_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        data = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): give --plan an existing YAML file") from None
     except UnicodeDecodeError:
@@ -42,6 +45,22 @@ def read_plan_file(path: Path, source: str = "") -> Layer:
     if not isinstance(data, dict):
         raise InputError(f"{path}: a plan is a mapping of options, this is a {type(data).__name__}")
     return Layer(source or str(path), {str(key): value for key, value in data.items()})
+
+
+def _refuse_keys_given_twice(node: Any) -> None:
+    """YAML forbids them; PyYAML takes the last without a word. Raises yaml.MarkedYAMLError."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+            _refuse_keys_given_twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_keys_given_twice(value)
 
 
 def known_fields(catalog: Catalog, merged: Mapping[str, Any]) -> Iterator[tuple[str, FieldInfo]]:
@@ -63,8 +82,12 @@ def variable(path: str) -> str:
     return PREFIX + path.removesuffix(".name").replace(".", "_").replace("-", "_").upper()
 
 
-def environment_layer(environ: Mapping[str, str], paths: Iterable[str]) -> tuple[Layer, list[Problem]]:
-    """The environment as a layer, and a problem for each variable with our prefix that sets nothing."""
+def environment_layer(
+    environ: Mapping[str, str], paths: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Layer, list[Problem]]:
+    """The environment as a layer, and a problem for each variable with our prefix that sets nothing. `elsewhere`: path
+    → why it sets nothing in this plan."""
+    why = {variable(path): reason for path, reason in elsewhere.items()}
     by_variable = {variable(path): path for path in paths}
     data: dict[str, Any] = {}
     problems = []
@@ -74,6 +97,8 @@ def environment_layer(environ: Mapping[str, str], paths: Iterable[str]) -> tuple
         if name in by_variable:
             path = by_variable[name]
             set_path(data, path, [part.strip() for part in value.split(",")] if path == "tracker" else value)
+        elif name in why:
+            problems.append(Problem(name, f"{why[name]}: unset it, or choose that"))
         else:
             candidates = [*by_variable, *RESERVED]
             problems.append(

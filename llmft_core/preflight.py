@@ -61,8 +61,9 @@ def disk_problems(checkpoint_bytes: int) -> list[Problem]:
     ]
 
 
-def node_problems(plan_json: Mapping[str, Any], seen: str) -> list[str]:
-    """Runs on a node: what of the plan its own plugins cannot do, and whether it sees a file (`seen`, or nothing)."""
+def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int) -> list[str]:
+    """Runs on a node: what of the plan its own plugins cannot do, whether it sees a file (`seen`, or nothing), and
+    whether its cache has room for a checkpoint: any node may get rank 0."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
     problems = []
@@ -73,6 +74,7 @@ def node_problems(plan_json: Mapping[str, Any], seen: str) -> list[str]:
             problems += [str(problem) for problem in error.problems]
         except InputError as error:
             problems.append(str(error))
+    problems += [str(problem) for problem in disk_problems(checkpoint_bytes)]
     if seen and not Path(seen).exists():
         problems.append(
             f"storage.root: {Path(seen).parent} is not the driver's folder: "
@@ -81,8 +83,9 @@ def node_problems(plan_json: Mapping[str, Any], seen: str) -> list[str]:
     return problems
 
 
-def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster) -> list[Problem]:
-    """Ask every node, by its host name: are the plan's plugins there, and is a local storage root really shared?
+def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, checkpoint_bytes: int) -> list[Problem]:
+    """Ask every node, by its host name: are the plan's plugins and the room for a checkpoint there, and is a
+    local storage root really shared?
 
     Called once the cluster is up and before a worker starts.
     """
@@ -95,7 +98,7 @@ def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster) -> list[Pr
         write_bytes(flag, b"written by the driver to see whether all nodes share this folder\n")
     try:
         found: dict[Node, list[str]] = on_each_node(
-            cluster, node_problems, plan.to_json(), flag.path if flag is not None else ""
+            cluster, node_problems, plan.to_json(), flag.path if flag is not None else "", checkpoint_bytes
         )
     finally:
         if flag is not None:

@@ -81,7 +81,8 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
         raise Problems(problems)
     size = model.family.size(model.config)
     problems += context_problems(plan, model.config)
-    problems += disk_problems(size.parameters * BYTES_OF[written_type(plan)])
+    if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+        problems += disk_problems(size.parameters * BYTES_OF[written_type(plan)])
     say(f"preparing dataset {dataset.name}")
     print_ = fingerprint(tokenizer)
     data = _attempt(lambda: prepare(dataset, plan, tokenizer, print_, places, cache_folder()), "dataset", problems)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, upload_many, write_bytes
-from llmft_core.train.cluster import Cluster, on_each_node, start
+from llmft_core.train.cluster import Cluster, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
 from llmft_core.weights.cache import cache_folder
@@ -37,15 +37,16 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
     ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True))
     view = LiveView(ready.job.total_steps, ready.job.total_steps / ready.job.steps_per_epoch)
     show_head(ready, view)
-    view.phase("starting workers")
+    view.phase("starting" if ready.cluster.address == "" else "starting workers")
     cluster = ready.cluster
     try:
         cluster = start(cluster, ready.placement.world_size, debug=debug)
-        problems = cluster_problems(ready.plan, ready.places, cluster)
-        if problems:
-            raise Problems(problems)
-        job, folders = stage(ready, cluster)
-        return train(replace(ready, cluster=cluster, job=job), folders, view)
+        with termination_as_interrupt():  # after Ray's start, which sets handlers of its own
+            problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
+            if problems:
+                raise Problems(problems)
+            job, folders = stage(ready, cluster)
+            return train(replace(ready, cluster=cluster, job=job), folders, view)
     finally:
         stop(cluster)
 
@@ -65,8 +66,9 @@ def stage(ready: Ready, cluster: Cluster) -> tuple[Job, dict[str, dict[str, str]
         return replace(ready.job, model=model.path), {}
     import ray
 
-    files = ray.put(shipped(ready.job))
-    staged = on_each_node(cluster, stage_on_node, ready.plan.to_json(), keys_of(ready.job), [files])
+    # A Ray of our own is this machine: what its one node needs lies in its cache already.
+    files = [] if cluster.address == "local" else [ray.put(shipped(ready.job))]
+    staged = on_each_node(cluster, stage_on_node, ready.plan.to_json(), keys_of(ready.job), files)
     return ready.job, {node.id: folders for node, folders in staged.items()}
 
 
@@ -83,7 +85,7 @@ def stage_on_node(plan_json: Mapping[str, Any], keys: Mapping[str, str], files: 
             continue
         import ray
 
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
         for relative, content in ray.get(files[0])[name].items():
             (partial / relative).parent.mkdir(parents=True, exist_ok=True)
             (partial / relative).write_bytes(content)

@@ -30,6 +30,7 @@ class Exported:
     trained: int
     changed: int
     unchanged: tuple[str, ...]
+    unknown: tuple[str, ...]
 
 
 def written_dtype(plan: RunPlan) -> torch.dtype:
@@ -88,7 +89,8 @@ def export(
         shutil.copyfile(source, folder / source.name)
     all_shapes = {**shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     name = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}[str(dtype)]
-    return Exported(all_shapes, name, len(trained), comparison.changed, tuple(comparison.unchanged))
+    unchanged, unknown = tuple(comparison.unchanged), tuple(comparison.unknown)
+    return Exported(all_shapes, name, len(trained), comparison.changed, unchanged, unknown)
 
 
 class Comparison:
@@ -103,6 +105,7 @@ class Comparison:
             self.base |= dict.fromkeys(opened.keys(), opened)
         self.changed = 0
         self.unchanged: list[str] = []
+        self.unknown: list[str] = []  # trained tensors that the base has under another name, or not at all
 
     def look_at(self, name: str, tensor: torch.Tensor, trained: bool) -> None:
         """Count whether a trained tensor moved. Raises LlmftError if it holds NaN or infinity."""
@@ -112,15 +115,22 @@ class Comparison:
             raise LlmftError(f"{name} holds NaN or infinity after training: nothing is published; lower --lr and rerun")
         if not trained:
             return
-        before = self.base[name].get_tensor(name).to(tensor.dtype) if name in self.base else None
-        if before is None or before.shape != tensor.shape or not torch.equal(before, tensor):
+        # Some base files leave out the module's own prefix (GPT-2: `h.0…` for `transformer.h.0…`).
+        known = next((one for one in (name, name.partition(".")[2]) if one in self.base), None)
+        if known is None:
+            self.unknown.append(name)
+            return
+        before = self.base[known].get_tensor(known).to(tensor.dtype)
+        rows = tensor[: len(before)] if tensor.ndim and before.ndim else tensor  # embeddings have grown by new tokens
+        if before.shape != rows.shape or not torch.equal(before, rows):
             self.changed += 1
         else:
             self.unchanged.append(name)
 
     def judge(self) -> None:
-        """Raises LlmftError if nothing that was trained differs from the base: that would be the base model."""
-        if self.changed == 0:
+        """Raises LlmftError if nothing that was trained differs from the base: that would be the base model. Of tensors
+        that the base does not have nothing can be said; the manifest lists them."""
+        if self.unchanged and not self.changed:
             raise LlmftError(
                 f"none of {len(self.unchanged)} trained tensors differs from the base model: nothing is published; "
                 "is --lr too small for --checkpoint.dtype?"

@@ -35,6 +35,7 @@ def publish(folder: Path, target: Place, exported: Exported, facts: Mapping[str,
                 "trained": exported.trained,
                 "changed": exported.changed,
                 "unchanged": list(exported.unchanged),
+                "not_in_base": list(exported.unknown),
             },
             **facts,
         }
@@ -79,6 +80,19 @@ def verify_export(folder: Path, exported: Exported) -> None:
     for needed in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if not (folder / needed).is_file():
             raise LlmftError(f"{needed} is missing in the exported folder")
+    entries = _tokenizer_entries(folder)
+    if embeddings and entries > embeddings[0][0]:
+        raise LlmftError(f"the tokenizer has {entries} entries, the embeddings {embeddings[0][0]}")
+
+
+def _tokenizer_entries(folder: Path) -> int:
+    """Entries of the exported tokenizer, loaded as a server will load it. Raises LlmftError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:
+        raise LlmftError(f"the exported tokenizer cannot be loaded ({error})") from error
 
 
 def _describe(path: Path) -> dict[str, Any]:

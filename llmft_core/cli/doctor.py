@@ -19,9 +19,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.staging import kept_copies
 from llmft_core.cli.describe import print_table
 from llmft_core.cli.plugins import list_rows
 from llmft_core.loading import load_plugins
+from llmft_core.weights.cache import cache_folder
 
 GPU_TIMEOUT = 120  # seconds; importing torch takes 2 on an idle machine and a minute on a cold network disk
 CONNECT_TIMEOUT = 3  # seconds
@@ -160,11 +162,6 @@ def check_ray() -> list[Finding]:
     return [Finding("ok", "ray", f"RAY_ADDRESS={address} answers")]
 
 
-def cache_folder() -> Path:
-    """Where llmft keeps weights and tokens: LLMFT_CACHE, or ~/.cache/llmft."""
-    return Path(os.environ.get("LLMFT_CACHE") or "~/.cache/llmft").expanduser()
-
-
 def check_disks() -> list[Finding]:
     """Free space where a run writes, and in the shared memory that holds Ray's objects."""
     places = {"working folder": Path.cwd(), "cache": _existing(cache_folder()), "temp": Path(tempfile.gettempdir())}
@@ -193,6 +190,11 @@ def check_cache() -> list[Finding]:
     if not writable:
         mend = "set LLMFT_CACHE to a folder that you may write to"
         return [Finding("error", "cache", f"{folder} cannot be written", mend)]
+    kept = kept_copies(cache_folder())
+    if kept:
+        mend = "look at them, copy them to where they belong (or remove them): a run that goes on may own the newest"
+        message = f"{len(kept)} checkpoints that were written and not uploaded: {', '.join(map(str, kept))}"
+        return [Finding("warning", "cache", message, mend)]
     held = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     return [Finding("ok", "cache", f"{folder} holds {_size(held)}" if folder.exists() else f"{folder} will be made")]
 

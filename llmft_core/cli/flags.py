@@ -78,7 +78,7 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     early, _ = first.parse_known_args(list(argv))
 
     files = [read_plan_file(folder / PROJECT_FILE, PROJECT_FILE)] if (folder / PROJECT_FILE).is_file() else []
-    files += [read_plan_file(Path(early.plan))] if early.plan else []
+    files += [read_plan_file(Path(early.plan))] if early.plan is not None else []
     disabled = list(early.disable_plugin or [])
     for layer in files:
         disabled += _names(layer.data.get("disable-plugin", []))
@@ -97,7 +97,7 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     chosen_by_environment, _ = environment_layer(environ, [f"{kind}.name" for kind in SELECTORS])
     choices, _ = merge([*files, chosen_by_environment, Layer("flags", selected)])
     fields = dict(known_fields(catalog, choices))
-    from_environment, problems = environment_layer(environ, fields)
+    from_environment, problems = environment_layer(environ, fields, plugins_options(catalog, choices))
 
     parser = full_parser(prog, catalog, choices)
     parsed, extra = parser.parse_known_args(list(argv))
@@ -110,6 +110,21 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     problems += unknown_plugins + unknown_flags(extra, list(fields), catalog, choices)
     layers = (*files, from_environment, Layer("flags", from_flags))
     return Given(layers, catalog, tuple(problems), parser, early.debug, early.help)
+
+
+def plugins_options(catalog: Catalog, choices: Mapping[str, Any]) -> dict[str, str]:
+    """Path → why it sets nothing here, for the options of plugins that the plan does not choose."""
+    owners: dict[str, list[str]] = {}
+    for entry in catalog.entries:
+        if entry.kind in SINGLE_KINDS:
+            for path, _ in leaves(entry.extension.options_type, entry.kind):
+                owners.setdefault(path, []).append(entry.name)
+    reasons = {}
+    for path, names in owners.items():
+        kind = path.split(".")[0]
+        chosen = chosen_name(kind, choices) or "another"
+        reasons[path] = f"is an option of {kind} {' and '.join(names)}, but the plan chooses {chosen}"
+    return reasons
 
 
 def _plugin_words(catalog: Catalog) -> set[str]:
@@ -225,9 +240,14 @@ def unknown_flags(
     """A problem for each word of argv that nothing took."""
     problems = []
     after_flag = False
+    # Options of a plugin that does not exist: its misspelt name is the problem.
+    misnamed = {kind for kind in SINGLE_KINDS if chosen_name(kind, choices) not in ("", *catalog.names(kind))}
     for word in extra:
         if word.startswith("-") and not word.lstrip("-").replace(".", "").isdigit():
             path = word.lstrip("-").split("=")[0]
+            if path.split(".")[0] in misnamed:
+                after_flag = "=" not in word
+                continue
             problems.append(Problem(word.split("=")[0], _why_unknown(path, paths, catalog, choices)))
             after_flag = "=" not in word
         elif after_flag:
@@ -238,10 +258,8 @@ def unknown_flags(
 
 
 def _why_unknown(path: str, paths: list[str], catalog: Catalog, choices: Mapping[str, Any]) -> str:
-    kind = path.split(".")[0]
-    for entry in catalog.entries:
-        if entry.kind == kind and path in dict(leaves(entry.extension.options_type, kind)):
-            chosen = chosen_name(kind, choices) or "another"
-            return f"is a flag of {kind} {entry.name}, but the plan chooses {chosen}: add --{kind} {entry.name}"
-    flags = [path.removesuffix(".name") for path in paths]
+    elsewhere = plugins_options(catalog, choices)
+    if path in elsewhere:
+        return f"{elsewhere[path]}: add --{path.split('.')[0]} NAME"
+    flags = [*paths, *(path.removesuffix(".name") for path in paths if path.endswith(".name"))]
     return f"no such flag{close_match(path, flags)}; `--help` lists the flags of the chosen plugins"

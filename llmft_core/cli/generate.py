@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,8 +51,8 @@ def check_flags(own: argparse.Namespace) -> None:
     """Raises InputError."""
     if not own.checkpoint or not own.prompt:
         raise InputError(f"generate needs a checkpoint and a prompt: {PROG} CHECKPOINT 'PROMPT'")
-    if own.max_new_tokens < 1 or own.temperature < 0:
-        raise InputError("--max-new-tokens is at least 1 and --temperature at least 0")
+    if own.max_new_tokens < 1 or not 0 <= own.temperature < math.inf:
+        raise InputError("--max-new-tokens is at least 1 and --temperature a number of at least 0")
 
 
 def answer(folder: Path, args: argparse.Namespace) -> str:
@@ -70,7 +71,12 @@ def answer(folder: Path, args: argparse.Namespace) -> str:
     else:
         ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     torch.manual_seed(args.seed)
-    settings: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
+    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+    room = longest - ids.shape[1]
+    if room < 1:
+        raise InputError(f"the prompt has {ids.shape[1]} tokens, the model {longest} positions: shorten the prompt")
+    new_tokens = int(min(args.max_new_tokens, room))  # beyond its positions a model answers nonsense, or fails
+    settings: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": new_tokens}
     if args.temperature > 0:
         settings["temperature"] = args.temperature
     ids = ids.to(device)

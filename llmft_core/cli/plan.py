@@ -33,7 +33,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     from llmft_core.report.live import LiveView
 
     ready = make_ready(plan, given.catalog, debug=given.debug, say=lambda text: None)
-    resolved = ready.plan.to_json()
+    resolved = {**ready.plan.to_json(), "name": plan.name}  # a generated one is taken once the plan has run
     strategy = given.catalog.create("strategy", ready.plan.strategy or {})
     configuration = strategy.configuration(ready.placement)
     if own.json:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmft_core.cli.describe import print_table
 from llmft_core.cli.flags import Parser
-from llmft_core.cli.reach import Reached, reach_plan
+from llmft_core.cli.reach import Reached, reach_more
 from llmft_core.errors import InputError, LlmftError, close_match
 from llmft_core.plan import WeightsOptions
 
@@ -56,7 +56,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
         default=argparse.SUPPRESS,
         help=f"for `fetch`: {field.description}",
     )
-    reached = reach_plan(parser, argv, environ, folder, check_flags)
+    reached = reach_more(parser, argv, environ, folder, check_flags)
     if reached is None:
         return 0
     action = {"fetch": fetch, "mirror": mirror, "list": show_list, "verify": verify}[reached.own.action]
@@ -64,8 +64,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     return 0
 
 
-def check_flags(own: argparse.Namespace) -> str:
-    """The model that the plan is to name. Raises InputError."""
+def check_flags(own: argparse.Namespace) -> None:
+    """Raises InputError."""
     if own.action not in ACTIONS:
         close = close_match(own.action or "", ACTIONS)
         given = f"no action is called {own.action}{close}" if own.action else "no action is given"
@@ -80,7 +80,6 @@ def check_flags(own: argparse.Namespace) -> str:
             raise InputError(f"{flag} belongs to `{USES[action][2]}`, not to {own.action}")
     if own.action != "fetch" and hasattr(own, "weights.mirror"):
         raise InputError(f"--weights.mirror belongs to `{USES['fetch'][2]}`; name the mirror itself: `{use}`")
-    return str(own.what) if own.action in ("fetch", "mirror") else ""
 
 
 def fetch(reached: Reached) -> None:
@@ -92,8 +91,9 @@ def fetch(reached: Reached) -> None:
     from llmft_core.weights.stage import hub_repository, stage_model
 
     what = reached.own.what
+    plan = reached.plan(what)
     repository = hub_repository(what, reached.catalog)
-    from_hub = bool(repository) and not reached.plan.weights.mirror
+    from_hub = bool(repository) and not plan.weights.mirror
     if from_hub:
         say_hub(repository)
     moved = 0
@@ -105,7 +105,7 @@ def fetch(reached: Reached) -> None:
             moved = done
             bar(done, total)
 
-        model = stage_model(reached.plan, reached.catalog, reached.places, weights=True, progress=progress)
+        model = stage_model(plan, reached.catalog, reached.places, weights=True, progress=progress)
     seconds = time.monotonic() - began
     sizes = [path.stat().st_size for path in model.path.iterdir() if is_model_file(path.name)]
     if from_hub or not (repository or "://" in what):
@@ -130,6 +130,8 @@ def mirror(reached: Reached) -> None:
     from llmft_core.weights.stage import hub_repository, stage_model
 
     what, catalog = reached.own.what, reached.catalog
+    # from the hub itself: a mirror that the environment names may be the one that is to be filled
+    plan = reached.plan(what).model_copy(update={"weights": WeightsOptions()})
     given = reached.own.name or what
     if not (name := hub_repository(given, catalog)):
         name = given
@@ -144,8 +146,6 @@ def mirror(reached: Reached) -> None:
     check_mirror(root)
     check_target(target)
     began = time.monotonic()
-    # from the hub itself: a mirror that the environment names may be the one that is to be filled
-    plan = reached.plan.model_copy(update={"weights": WeightsOptions()})
     if repository := hub_repository(what, catalog):
         say_hub(repository)
     with transfer_bar(f"fetching {what}") as bar:

@@ -68,7 +68,8 @@ class Faults:
         if len(self.first) < SHOWN:
             where = f"{origin}: {problem.field}" if problem.field else str(origin)
             self.first.append(Problem(where, problem.reason))
-        self.counts[f"{problem.field}: {problem.reason}" if problem.field else problem.reason] += 1
+        kind = problem.reason.partition(": ")[0]  # what follows is of this row alone: its tokens, its column
+        self.counts[f"{problem.field}: {kind}" if problem.field else kind] += 1
 
     def raise_any(self, rows_read: int) -> None:
         """Raises Problems where there are any: `file:line: field: reason`, then counts by reason."""

@@ -35,7 +35,7 @@ class Outcome:
 
 def summary(outcome: Outcome) -> list[str]:
     """Lines for the terminal."""
-    lines = ["", f"done: {outcome.steps} optimizer steps in {words.duration(outcome.seconds)}"]
+    lines = ["", f"done: {words.counted(outcome.steps, 'optimizer step')} in {words.duration(outcome.seconds)}"]
     if outcome.first_loss is not None and outcome.last_loss is not None:
         lines.append(f"loss {outcome.first_loss:.4f} → {outcome.last_loss:.4f} nats per trained token")
     lines.append(f"checkpoints held training for {words.duration(outcome.stalled)}; uploads ran beside it")

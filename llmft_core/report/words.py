@@ -8,6 +8,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+
+
 def share(fraction: float) -> str:
     """`12.5 %`."""
     return f"{100 * fraction:.1f} %"
@@ -16,7 +21,7 @@ def share(fraction: float) -> str:
 def size(number: float) -> str:
     """Bytes in powers of 1000: `13.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
+        if round(number, 1) < 1000:  # 999,960 is 1.0 MB, not 1000.0 kB
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"

@@ -151,5 +151,5 @@ def _within(limit: float, action: Callable[[], T]) -> T:
 
 def explained(place: Place, error: Exception) -> LlmftError:
     """The error in the backend's words, as one line."""
-    line = " ".join(place.backend.explain(error, place.uri).split())
+    line = " ".join(place.backend.explain(error, place.uri).split()).replace("--storage.", f"--{place.backend.flags}.")
     return InputError(line) if users_fault(error) else LlmftError(line)

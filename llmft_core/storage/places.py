@@ -131,7 +131,9 @@ class Places:
         if name not in self._made:
             run_storage = self._choice is not None and self._choice["name"] == name
             options = self._choice if run_storage and self._choice else self._options.get(name, {})
-            self._made[name] = self._catalog.create("storage", {**options, "name": name})
+            backend: StorageBackend = self._catalog.create("storage", {**options, "name": name})
+            backend.flags = "storage" if run_storage else f"backends.{name}"
+            self._made[name] = backend
         return self._made[name]
 
 

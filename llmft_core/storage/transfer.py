@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -206,6 +207,7 @@ def probe(place: Place) -> None:
     """Writes, reads back, compares and deletes a small object below `place`. Raises InputError: storage that cannot do
     this is found before anything is started."""
     sample = place / f".llmft-probe-{uuid.uuid4().hex}"
+    made = _missing_folders(place)
     content = f"llmft probe {uuid.uuid4().hex}\n".encode()
     doing = "write to"
     try:
@@ -218,6 +220,18 @@ def probe(place: Place) -> None:
         attempt(place, lambda: place.fs.rm_file(sample.path), _PROBE_PATIENCE)
     except LlmftError as error:
         raise InputError(f"cannot {doing} storage: {error}") from error.__cause__
+    finally:
+        for folder in made:
+            with suppress(OSError):  # somebody writes there already
+                folder.rmdir()
+
+
+def _missing_folders(place: Place) -> list[Path]:
+    """Folders that writing below `place` makes, the deepest first. Object stores have none."""
+    if place.backend.scheme != "file":
+        return []
+    folder = Path(place.path)
+    return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def free_bytes(path: Path) -> int:

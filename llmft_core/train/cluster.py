@@ -66,6 +66,19 @@ def survey(plan: RunPlan, *, debug: bool) -> Cluster:
 
 
 @contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, within the block is Ctrl-C: the run stops cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """Ctrl-C within takes effect at the end: Ray's start-up, broken off, leaves processes and locks behind."""
     got: list[int] = []
@@ -127,6 +140,10 @@ def _connected(address: str, debug: bool) -> Cluster:
 
 
 def _logging(debug: bool) -> dict[str, Any]:
+    import ray
+
+    # Ray repeats what the raylet says of a dead worker on the driver whatever `log_to_driver` says; ours is one line.
+    ray._private.worker._worker_logs_enabled = debug
     return {
         "log_to_driver": debug,
         "logging_level": logging.INFO if debug else logging.ERROR,
@@ -176,14 +193,15 @@ def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> 
                 kind = InputError if isinstance(cause, InputError) else LlmftError
                 raise kind(f"node {node.host}: {cause}") from None
             raise LlmftError(
-                f"node {node.host}: {_last_line(str(error))}: is the same llmft installed there?"
+                f"node {node.host}: {last_line(str(error))}: is the same llmft installed there?"
             ) from error
         except ray.exceptions.RayError as error:
-            raise LlmftError(f"node {node.host}: {_last_line(str(error))}: is the node still up?") from error
+            raise LlmftError(f"node {node.host}: {last_line(str(error))}: is the node still up?") from error
     return results
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """Where a remote traceback says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 

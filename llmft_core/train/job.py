@@ -60,4 +60,5 @@ class Reporter(Protocol):
     def send(self, event: dict[str, Any]) -> None:
         """Events have a `kind`: phase (`text`), metrics (`step`, `epoch`, `metrics`), checkpoint (`name`, `uri`,
         `step`, `metrics`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint held training),
-        removed (`name` of a checkpoint that is not kept), error (`message`, `rank`)."""
+        removed (`name` of a checkpoint that is not kept); under Ray also rank (`rank`, `host`) and error (`message`,
+        `rank`, `ours`: whether it is an LlmftError)."""

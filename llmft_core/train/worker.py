@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from llmft_core.catalog import Catalog
 from llmft_core.checkpoint.background import BackgroundPublisher
 from llmft_core.checkpoint.export import export
 from llmft_core.checkpoint.retention import Published, expendable, remove
+from llmft_core.checkpoint.staging import Staging
 from llmft_core.data.prepare import PreparedData
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine, Method, Strategy
@@ -89,14 +88,19 @@ class Saver:
         started = time.perf_counter()
         job, name = self.job, f"checkpoint_{self.count:05d}"
         self.count += 1
-        folder: Path | None = None
+        staging: Staging | None = None
         if self.rank == 0:
             self.publisher.wait()  # before the export, so that the disk never holds more than one
-            staging = cache_folder() / "staging"
-            staging.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f"{job.plan.name}-{name}-", dir=staging))
-        exported = export(self.engine, job.plan, job.model, job.tokenizer, job.stop_ids, folder)
-        if folder is not None and exported is not None:
+            staging = Staging.open(cache_folder(), job.plan.name, name)
+        folder = staging.folder if staging is not None else None
+        try:
+            exported = export(self.engine, job.plan, job.model, job.tokenizer, job.stop_ids, folder)
+        except BaseException:
+            if staging is not None:
+                staging.discard()
+            raise
+        if staging is not None and exported is not None:
+            folder = staging.settle()
             numbers = summary_of(metrics)
             facts = {"step": step, "epoch": epoch, "metrics": numbers, "provenance": dict(job.provenance)}
             self.publisher.submit(folder, self.run / name, exported, facts)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ranks import on_ranks
 from tables import tiny_llama
+from toy_tokenizers import save_toy_tokenizer
 from training import VOCABULARY, train_and_export
 
 from llmft_core.checkpoint.export import Exported, shard_names, split_into_shards
@@ -20,8 +21,7 @@ from llmft_core.errors import LlmftError, one_line
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_llama(tmp_path_factory.mktemp("base"))
     (folder / "tokenizer").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "tokenizer" / name).write_text("{}")
+    save_toy_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -75,13 +75,12 @@ def test_a_large_tensor_has_a_shard_of_its_own_and_the_order_is_kept() -> None:
 def exported(tmp_path: Path) -> tuple[Path, Exported]:
     """A folder as `export` leaves it, without training."""
     folder = tiny_llama(tmp_path / "export")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text("{}")
+    save_toy_tokenizer(folder)
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as opened:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    return folder, Exported(shapes, "F32", len(shapes), len(shapes), ())
+    return folder, Exported(shapes, "F32", len(shapes), len(shapes), (), ())
 
 
 def place_in(folder: Path) -> Any:
@@ -111,7 +110,7 @@ def test_publishing_marks_last_and_removes_the_local_copy(exported: tuple[Path, 
 
 def test_a_file_that_is_not_the_model_is_not_published(exported: tuple[Path, Exported], tmp_path: Path) -> None:
     folder, facts = exported
-    wrong = Exported({**facts.shapes, "model.norm.weight": (33,)}, "F32", 1, 1, ())
+    wrong = Exported({**facts.shapes, "model.norm.weight": (33,)}, "F32", 1, 1, (), ())
     target = tmp_path / "runs" / "checkpoint_00000"
     with pytest.raises(LlmftError, match=r"not the model's.*local copy is kept in"):
         publish(folder, place_in(target), wrong, {})

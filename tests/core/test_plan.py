@@ -61,6 +61,10 @@ class Disk(StorageBackend):
         return str(self.options.root)
 
 
+class Cloud(Disk):
+    name, scheme = "cloud", "cloud"
+
+
 class Ddp(Strategy):
     name, summary = "ddp", "ddp"
 
@@ -100,7 +104,7 @@ class Everything:
     """A plugin with one extension a kind, and two datasets."""
 
     llmft_dataset_formats = hookimpl(lambda self: [Rows, OtherRows], specname="llmft_dataset_formats")
-    llmft_storage_backends = hookimpl(lambda self: [Disk], specname="llmft_storage_backends")
+    llmft_storage_backends = hookimpl(lambda self: [Disk, Cloud], specname="llmft_storage_backends")
     llmft_strategies = hookimpl(lambda self: [Ddp], specname="llmft_strategies")
     llmft_methods = hookimpl(lambda self: [Full], specname="llmft_methods")
     llmft_trackers = hookimpl(lambda self: [Lines], specname="llmft_trackers")
@@ -223,10 +227,12 @@ def test_a_storage_that_lacks_something_is_a_problem(catalog: Catalog) -> None:
 
 
 def test_options_of_other_backends_are_checked_too(catalog: Catalog) -> None:
-    plan = resolve([flags(backends={"local": {"part-size": 4}})], catalog)
-    assert plan.backends == {"local": {"root": "runs", "part-size": 4}}
-    with pytest.raises(Problems, match=r"backends\.local\.part-siz: no such option \(did you mean part-size\?\)"):
-        resolve([flags(backends={"local": {"part-siz": 4}})], catalog)
+    plan = resolve([flags(backends={"cloud": {"part-size": 4}})], catalog)
+    assert plan.backends == {"cloud": {"root": "runs", "part-size": 4}}
+    with pytest.raises(Problems, match=r"backends\.cloud\.part-siz: no such option \(did you mean part-size\?\)"):
+        resolve([flags(backends={"cloud": {"part-siz": 4}})], catalog)
+    with pytest.raises(Problems, match=r"backends\.local: local is the run's own storage: write --storage"):
+        resolve([flags(backends={"local": {"part-size": 4}})], catalog)
     with pytest.raises(Problems, match=r"backends\.locl: no storage is called locl \(did you mean local\?\)"):
         resolve([flags(backends={"locl": {}})], catalog)
 

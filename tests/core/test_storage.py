@@ -144,7 +144,7 @@ def test_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_probe_leaves_nothing(tmp_path: Path) -> None:
     transfer.probe(places({"name": "local", "root": str(tmp_path / "new")}).runs())
-    assert list((tmp_path / "new" / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [], "not even the folders that it made"
 
 
 def test_probe_below_a_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from servers import S3Server
+from toy_tokenizers import save_toy_tokenizer
 
 from llmft_core.checkpoint.export import Exported
 from llmft_core.checkpoint.publish import publish
@@ -20,9 +21,10 @@ def made(folder: Path) -> tuple[Path, Exported]:
 
     folder.mkdir(parents=True)
     save_file({"model.norm.weight": torch.ones(4)}, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "generation_config.json"):
         (folder / name).write_text("{}")
-    return folder, Exported({"model.norm.weight": (4,)}, "F32", 1, 1, ())
+    save_toy_tokenizer(folder)
+    return folder, Exported({"model.norm.weight": (4,)}, "F32", 1, 1, (), ())
 
 
 @pytest.fixture

@@ -398,6 +398,20 @@ def test_wrong_inputs(args: tuple[str, ...], says: str, source: Path, capsys: py
     assert says in error
 
 
+def test_the_mirror_comes_from_a_file_or_the_environment(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert weights(capsys, "mirror", str(source), "m", "--as", "llama-2-7b")[0] == 0
+    (tmp_path / "llmft.yaml").write_text("weights: {mirror: m}\nepochs: not for us\n")
+    assert "/mirror/meta-llama--" in weights(capsys, "fetch", "llama-2-7b")[1][0]
+    monkeypatch.setenv("LLMFT_WEIGHTS_MIRROR", "elsewhere")
+    code, _, error = weights(capsys, "fetch", "llama-2-7b")
+    assert code == 2
+    assert f"is not in the mirror {tmp_path}/elsewhere" in error
+    monkeypatch.setenv("LLMFT_WEIGHTS_MIROR", "m")
+    assert "did you mean LLMFT_WEIGHTS_MIRROR?" in weights(capsys, "fetch", "llama-2-7b")[2]
+
+
 def test_help_and_an_empty_cache(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     for action in ("fetch", "mirror", "list", "verify"):
         code, out, _ = weights(capsys, action, "--help")

@@ -39,7 +39,7 @@ def errors(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
         (["--model", "llama-2-7B"], "model: no model is called llama-2-7B (did you mean llama-2-7b?)"),
         (["--storage", "s4"], "storage: no storage is called s4"),
         (["--epohcs", "3"], "--epohcs: no such flag (did you mean epochs?)"),
-        (["--storage.bucket", "b"], "--storage.bucket: is a flag of storage gcs, but the plan chooses local"),
+        (["--storage.bucket", "b"], "--storage.bucket: is an option of storage gcs and s3, but the plan chooses local"),
         (["--storage", "s3"], "storage.bucket: is required"),
         (["--dataset", "gsm8k", "--dataset.source", "nowhere"], "nowhere"),
         (

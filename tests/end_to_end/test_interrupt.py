@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -76,17 +77,19 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(running: Running, tmp_path: P
     assert not (tmp_path / "llmft-runs" / "runs" / "x").exists()
 
 
-def test_ctrl_c_leaves_no_process_and_says_so(running: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_process_and_says_so(sent: int, running: Running, tmp_path: Path) -> None:
     running.wait_for("step 1/")
     family = running.family()
     assert any("ray" in " ".join(process.cmdline()) for process in family)
-    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(sent)
     assert running.process.wait(ENDS_WITHIN) == 130, running.log.read_text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [process.cmdline() for process in alive]
     text = running.log.read_text()
-    assert "llmft: interrupted: stopped by the user" in text
+    assert "llmft: interrupted: stopped by the user: no checkpoint was complete yet" in text
     assert "Traceback" not in text
+    assert "SIGTERM received" not in text, "Ray's own handler is replaced"
     assert not list((tmp_path / "llmft-runs").rglob(".is_checkpoint"))
 
 
@@ -101,5 +104,6 @@ def test_a_killed_worker_fails_the_run_in_one_line(running: Running) -> None:
     assert not alive, [process.cmdline() for process in alive]
     text = running.log.read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("llmft: error: ")]
-    assert "training failed" in line
+    assert re.fullmatch(r"llmft: error: rank [01] on \S+: the process was killed .*dmesg.*no checkpoint .*", line)
+    assert "raylet" not in text
     assert "Traceback" not in text

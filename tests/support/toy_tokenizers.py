@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 TAGS = ["<START_Q>", "<END_Q>", "<START_A>", "<END_A>"]
@@ -13,6 +14,15 @@ TEXTS = [
     "naïve café – 日本語 😀",
     "#### 72",
 ]
+
+
+def save_toy_tokenizer(folder: Path) -> None:
+    """A tokenizer of three entries, in the two files that every checkpoint has."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "how": 1, "many": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
 
 
 def byte_level_tokenizer() -> Any:

@@ -1,0 +1,80 @@
+"""Where this node keeps a checkpoint until it is uploaded. A folder that is still being written is called `.partial`
+and held by a lock; what a killed process left behind is swept, what was written whole is never removed by us."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+FOLDER = "staging"
+"""Below a node's cache."""
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """One folder that is being written by this process."""
+
+    folder: Path
+    _lock: FileLock
+
+    @classmethod
+    def open(cls, cache: Path, run: str, checkpoint: str) -> Staging:
+        """A new folder in this node's cache; sweeps those that nobody writes any more."""
+        place = cache / FOLDER
+        place.mkdir(parents=True, exist_ok=True)
+        sweep(cache)
+        # The host's name, because a cache on a network disk may be that of several nodes, and locks are of one.
+        prefix = f"{run}-{checkpoint}-{socket.gethostname()}-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=place))
+        return cls(folder, _locked(folder))
+
+    def settle(self) -> Path:
+        """The folder is whole: it gets its final name, which is returned."""
+        whole = self.folder.with_name(self.folder.name.removesuffix(PARTIAL))
+        self.folder.rename(whole)
+        self._unlock()
+        return whole
+
+    def discard(self) -> None:
+        """What is in it is worth nothing."""
+        shutil.rmtree(self.folder)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        _lock_file(self.folder).unlink()
+        self._lock.release()
+
+
+def sweep(cache: Path) -> None:
+    """Remove what processes of this host left half-written when they were killed."""
+    for folder in (cache / FOLDER).glob(f"*-{socket.gethostname()}-*{PARTIAL}"):
+        try:
+            lock = _locked(folder)
+        except Timeout:
+            continue  # its process lives
+        shutil.rmtree(folder, ignore_errors=True)  # another process may be sweeping too
+        _lock_file(folder).unlink(missing_ok=True)
+        lock.release()
+
+
+def kept_copies(cache: Path) -> list[Path]:
+    """Whole checkpoints that were never uploaded, or are about to be."""
+    folders = (cache / FOLDER).iterdir() if (cache / FOLDER).is_dir() else ()
+    return sorted(folder for folder in folders if folder.is_dir() and folder.suffix != PARTIAL)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _locked(folder: Path) -> FileLock:
+    """Raises Timeout where another process has it."""
+    lock = FileLock(_lock_file(folder), blocking=False)
+    lock.acquire()
+    return lock

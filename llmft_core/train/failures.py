@@ -1,0 +1,60 @@
+"""Why a run on Ray failed, in one line: the rank and the host that failed first, not those that failed with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmft_core.train.cluster import last_line
+from llmft_core.train.mailbox import OnEvent
+
+
+class Watch:
+    """Takes the events of a run on their way to the driver, and remembers what is needed to explain its end."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._pass_on = on_event
+        self._errors: list[dict[str, Any]] = []
+        self._hosts: dict[int, str] = {}
+        self._complete: list[str] = []  # URIs of checkpoints
+
+    def handle(self, event: dict[str, Any]) -> None:
+        """One event of a rank."""
+        if event["kind"] == "error":
+            self._errors.append(event)
+        elif event["kind"] == "rank":
+            self._hosts[event["rank"]] = event["host"]
+        else:
+            if event["kind"] == "checkpoint":
+                self._complete.append(event["uri"])
+            self._pass_on(event)
+
+    def kept(self) -> str:
+        """What there is to go on from."""
+        last = self._complete[-1:]
+        return f"the last complete checkpoint is {last[0]}" if last else "no checkpoint was complete yet"
+
+    def explained(self, error: BaseException) -> str:
+        """`error` is what Ray Train's `fit` raised. When one rank dies, the others fail in their next collective, and
+        their errors say nothing: so first comes what llmft itself said, then who died, then the first error."""
+        import ray
+
+        failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+        causes = {rank: getattr(one, "health_check_failure", one) for rank, one in failures.items()}
+        dead = sorted(rank for rank, one in causes.items() if isinstance(one, ray.exceptions.RayActorError))
+        first = min(self._errors, key=lambda event: not event["ours"], default=None)
+        if first is not None and first["ours"]:
+            return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}"
+        if dead:
+            who = ", ".join(map(self._named, dead))
+            return (
+                f"{who}: the process was killed or its machine is gone. Most often memory "
+                "ran out: look into that machine's kernel log (dmesg), then lower --micro-batch or --context-length, "
+                f"or use more --workers; {self.kept()}"
+            )
+        if first is not None:
+            return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}; --debug shows all"
+        said = next(iter(failures.values()), error)
+        return f"training failed: {last_line(str(said))}; {self.kept()}; --debug shows all"
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank}"

@@ -1,0 +1,77 @@
+"""How ranks speak to the driver under Ray: an actor holds events until the driver takes them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+POLL_SECONDS = 0.2
+
+
+class Mailbox:
+    """An actor that holds events until the driver takes them."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        taken, self.events = self.events, []
+        return taken
+
+
+class MailboxReporter:
+    """A rank's end of the mailbox: sending does not wait, leaving does."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+        self.last: Any = None
+
+    def send(self, event: dict[str, Any]) -> None:
+        self.last = self.mailbox.put.remote(event)
+
+    def flush(self) -> None:
+        """Wait until the last event has arrived (calls of one caller arrive in order)."""
+        import ray
+
+        if self.last is not None:
+            ray.get(self.last)
+
+
+class MailReader(threading.Thread):
+    """Takes events out of the mailbox while `fit()` holds the main thread (Ray handles Ctrl-C only there)."""
+
+    def __init__(self, mailbox: Any, handle: OnEvent) -> None:
+        super().__init__(name="llmft-mail", daemon=True)
+        self.mailbox, self.handle = mailbox, handle
+        self.done = threading.Event()
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        import ray
+
+        try:
+            while not self.done.wait(POLL_SECONDS):
+                for event in ray.get(self.mailbox.take.remote()):
+                    self.handle(event)
+        except BaseException as error:  # noqa: BLE001 - raised again by finish(), in the main thread
+            self.failure = error
+
+    def finish(self) -> None:
+        """Stop, and handle what is left. May be called twice."""
+        import ray
+
+        if self.done.is_set():
+            return
+        self.done.set()
+        self.join()
+        if self.failure is not None and not isinstance(self.failure, ray.exceptions.RayError):
+            raise self.failure
+        if self.failure is None and ray.is_initialized():  # else Ray has gone, and fit() says why
+            for event in ray.get(self.mailbox.take.remote(), timeout=30):
+                self.handle(event)
