@@ -9,7 +9,7 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.errors import Problem, Problems
-from llmft_core.plan import ModelOptions, RunPlan, family_of_name
+from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions, family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
 from llmft_core.values import Device, Placement
 
@@ -61,6 +61,7 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
         update={
             "name": plan.name or default_name(plan),
             "model": plan.model if family else absolute_folder(plan.model),
+            "weights": absolute_mirror(plan.weights),
             "workers": workers,
             "gpus_per_worker": int(device == "cuda"),
             "precision": precision,
@@ -90,6 +91,13 @@ def absolute_folder(model: ModelOptions) -> ModelOptions:
     """A model that is a local folder by its absolute path: workers start in folders of their own. Else as it is."""
     folder = Path(model.name).expanduser()
     return model.model_copy(update={"name": str(folder.absolute())}) if folder.is_dir() else model
+
+
+def absolute_mirror(weights: WeightsOptions) -> WeightsOptions:
+    """A mirror that is a local folder by its absolute path, as `absolute_folder`."""
+    if not weights.mirror or "://" in weights.mirror:
+        return weights
+    return weights.model_copy(update={"mirror": str(Path(weights.mirror).expanduser().absolute())})
 
 
 def default_name(plan: RunPlan) -> str:

@@ -51,6 +51,14 @@ class ModelOptions(Options):
     tokenizer: str = Field("", description="folder, file or URI of another tokenizer than the model's own")
 
 
+class WeightsOptions(Options):
+    """Where pretrained weights come from."""
+
+    mirror: str = Field(
+        "", description="folder or URI from which models with a short name or hub id are taken instead of the hub"
+    )
+
+
 class DataOptions(Options):
     """What becomes of rows."""
 
@@ -101,6 +109,7 @@ class RunPlan(Options):
     model: Annotated[ModelOptions, BeforeValidator(as_choice)] = Field(
         ModelOptions(), description="the model that is fine-tuned"
     )
+    weights: WeightsOptions = Field(WeightsOptions(), description="pretrained weights")
     method: Annotated[Choice, BeforeValidator(as_choice)] = Field({"name": "full"}, description="what is trained")
     tracker: Annotated[list[Choice], BeforeValidator(as_choices)] = Field(
         [{"name": "jsonl"}], description="who watches the run; repeatable"

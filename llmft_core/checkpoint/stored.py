@@ -14,11 +14,11 @@ from typing import Any
 
 from llmft_core.checkpoint.publish import MANIFEST, MARKER
 from llmft_core.errors import InputError, LlmftError
+from llmft_core.storage.check import check_files
 from llmft_core.storage.places import Place, checked_name
-from llmft_core.storage.transfer import download, download_many, exists, list_files, open_read, read_bytes
+from llmft_core.storage.transfer import download, download_many, exists, list_files, read_bytes
 
 NAME = re.compile(r"checkpoint_\d{5,}")
-BLOCK = 2**24  # bytes hashed at once
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,11 @@ def read_manifest(place: Place) -> dict[str, Any]:
 def verify_stored(place: Place) -> tuple[int, list[str]]:
     """Reads every byte of a checkpoint; (bytes read, what is wrong). Raises as `read_manifest` does."""
     manifest = read_manifest(place)
+    promised = {
+        name: (int(described["bytes"]), str(described["sha256"])) for name, described in manifest["files"].items()
+    }
+    read, wrong = check_files(place, promised)
     there = list_files(place)
-    wrong = []
-    read = 0
-    for name, described in manifest["files"].items():
-        if name not in there:
-            wrong.append(f"{name}: is missing")
-        elif there[name] != described["bytes"]:
-            wrong.append(f"{name}: has {there[name]} bytes, the manifest says {described['bytes']}")
-        else:
-            digest = hashlib.sha256()
-            with open_read(place / name) as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
-                    read += len(block)
-            if digest.hexdigest() != described["sha256"]:
-                wrong.append(f"{name}: its bytes have changed (SHA-256 differs from the manifest's)")
     wrong += [f"{name}: is not in the manifest" for name in sorted({*there} - {*manifest["files"], MANIFEST, MARKER})]
     return read, wrong
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from llmft_core.cli import checkpoint, doctor, generate, plan, plugins, run
+from llmft_core.cli import checkpoint, doctor, generate, plan, plugins, run, weights
 from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, close_match, one_line
 
 DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models on a Ray cluster."
@@ -65,6 +65,7 @@ def dispatch(argv: list[str]) -> int:
         "plan": plan.run_command,
         "generate": generate.run_command,
         "checkpoint": checkpoint.run_command,
+        "weights": weights.run_command,
     }
     if argv and argv[0] in own:
         return own[argv[0]](argv[1:], os.environ, Path.cwd())
@@ -80,6 +81,7 @@ def dispatch(argv: list[str]) -> int:
     commands.add_parser("plan", help="say what `llmft run` with the same flags would do, and train nothing")
     commands.add_parser("generate", help="answer a prompt from a checkpoint")
     commands.add_parser("checkpoint", help="list, show, verify and fetch checkpoints in storage")
+    commands.add_parser("weights", help="fetch, mirror, list and verify pretrained models")
     for module in (plugins, doctor):
         module.add_parser(commands, common)
     if not argv:

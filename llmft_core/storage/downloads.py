@@ -12,14 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from llmft_core.errors import ChangedMeanwhile, LlmftError
-from llmft_core.storage.engine import STANDARD_BUDGET, Budget, Progress, Task, Transfer
+from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress, Task, Transfer
 from llmft_core.storage.journal import Partial
 from llmft_core.storage.objects import Source
 from llmft_core.storage.ordered_hash import OrderedHash
 from llmft_core.storage.places import Place
-
-FileDone = Callable[[Path, str], None]
-"""Called with each file that is complete and its SHA-256 (hex), from any thread, one call at a time."""
 
 
 class DamagedFile(LlmftError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
@@ -21,6 +22,9 @@ T = TypeVar("T")
 Task = Callable[[], None]
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, from any thread, one call at a time."""
+FileDone = Callable[[Path, str], None]
+"""Called with each local file that is complete (here, or in storage) and its SHA-256 (hex), from any thread, one call
+at a time; more than once perhaps."""
 
 SLOWEST = 2**20  # bytes/s; a transfer that is slower than this on the average is taken for dead
 GRACE = 120.0  # seconds that any transfer may take

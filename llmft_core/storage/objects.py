@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from llmft_core.errors import ChangedMeanwhile, InputError
@@ -11,6 +11,12 @@ from llmft_core.storage.faults import attempt
 from llmft_core.storage.places import Place
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime", "ino")
+
+
+def version_of(told: Mapping[str, Any]) -> str:
+    """What a store tells of a file's content in a listing, by the first of its marks; empty where it tells nothing."""
+    marks = ("ETag", "md5Hash", "generation", "etag", "mtime")
+    return next((str(told[mark]) for mark in marks if told.get(mark) is not None), "")
 
 
 def info(place: Place, ask: Callable[..., Any] = attempt) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from llmft_core.errors import InputError, LlmftError
-from llmft_core.storage.downloads import FileDone, download_files
-from llmft_core.storage.engine import STANDARD_BUDGET, Budget, Progress
+from llmft_core.storage.downloads import download_files
+from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress
 from llmft_core.storage.faults import Patience, attempt
-from llmft_core.storage.objects import fetch, info
+from llmft_core.storage.objects import fetch, info, version_of
 from llmft_core.storage.places import Place, checked_name
 from llmft_core.storage.uploads import upload_files
 
@@ -29,6 +29,12 @@ _PROBE_PATIENCE = Patience(attempts=2, first_wait=0.5, deadline=10, limit=40)  #
 
 def list_files(place: Place) -> dict[str, int]:
     """All files below a folder: relative path → bytes, as they are now; {} where there is no such folder."""
+    return {name: size for name, (size, _) in list_versions(place).items()}
+
+
+def list_versions(place: Place) -> dict[str, tuple[int, str]]:
+    """As `list_files`: relative path → (bytes, version). The version is another one after a change of the content (the
+    store's checksum or generation, a local file's time), and empty where the store lists none."""
     fs = attempt(place, lambda: place.fs)
     # fsspec's generic walk leaves out folders that it cannot read; the object stores' flat listing does not.
     strict = {} if fs.async_impl else {"on_error": "raise"}
@@ -44,14 +50,32 @@ def list_files(place: Place) -> dict[str, int]:
 
     prefix = place.path.rstrip("/") + "/"
     found = attempt(place, listing)
-    sizes = {
-        path.removeprefix(prefix): int(info["size"])
+    files = {
+        path.removeprefix(prefix): (int(info["size"]), version_of(info))
         for path, info in found.items()
         if path.startswith(prefix) and path != prefix and not path.endswith("/")
     }
-    for name in sizes:
+    for name in files:
         checked_name(name)  # an object may be called `../x`; nobody joins such a name to a local folder
-    return dict(sorted(sizes.items()))
+    return dict(sorted(files.items()))
+
+
+def list_names(place: Place) -> list[str]:
+    """What lies directly in a folder, folders with a slash at their end; [] where there is no such folder."""
+
+    def listing() -> list[dict[str, Any]] | None:
+        place.fs.invalidate_cache()
+        try:
+            return cast(list[dict[str, Any]], place.fs.ls(place.path, detail=True))
+        except FileNotFoundError:
+            return None
+
+    found = attempt(place, listing)
+    if found is None:
+        return list(list_files(place))  # none; or the bucket is missing, and then this says so
+    prefix = place.path.rstrip("/") + "/"
+    below = [(entry["name"].rstrip("/"), entry["type"] == "directory") for entry in found]
+    return sorted(path.removeprefix(prefix) + "/" * folder for path, folder in below if path.startswith(prefix))
 
 
 def exists(place: Place) -> bool:
@@ -120,15 +144,16 @@ def upload_many(
     budget: Budget = STANDARD_BUDGET,
     deadline: float | None = None,
     progress: Progress | None = None,
+    done: FileDone | None = None,
 ) -> list[str]:
     """Copies local files to storage; returns their SHA-256 (hex) in the same order.
 
     What lies there then is what was sent: where the backend offers verified uploads, the store has checked every part
     (and an interrupted upload in parts is continued, by another process too); else its own MD5 of the file is compared,
-    or the file is read back. `deadline` as for `download_many`. Raises LlmftError for the first file that fails,
-    InputError for one that cannot be read.
+    or the file is read back. `deadline` and `done` as for `download_many`. Raises LlmftError for the first file that
+    fails, InputError for one that cannot be read.
     """
-    return upload_files(files, budget, deadline, progress)
+    return upload_files(files, budget, deadline, progress, done)
 
 
 def create(place: Place, data: bytes) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import VerifiedUploads
-from llmft_core.storage.engine import STANDARD_BUDGET, Budget, Progress, Task, Transfer
+from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress, Task, Transfer
 from llmft_core.storage.faults import transient
 from llmft_core.storage.objects import Source, info
 from llmft_core.storage.ordered_hash import OrderedHash
@@ -276,6 +276,7 @@ def upload_files(
     budget: Budget = STANDARD_BUDGET,
     deadline: float | None = None,
     progress: Progress | None = None,
+    done: FileDone | None = None,
 ) -> list[str]:
     """See `transfer.upload_many`."""
     transfer = Transfer(budget, progress, deadline)
@@ -285,17 +286,26 @@ def upload_files(
         for file in given:
             file.look()
         transfer.expect(sum(file.size for file in given))
-        _send(transfer, sorted(given, key=lambda file: -file.size))
+        _send(transfer, sorted(given, key=lambda file: -file.size), done)
     finally:
         for file in given:
             file.close()
     return [file.sha256 for file in given]
 
 
-def _send(transfer: Transfer, longest_first: Sequence[_File]) -> None:
+def _send(transfer: Transfer, longest_first: Sequence[_File], done: FileDone | None) -> None:
+    telling = threading.Lock()
+
+    def tell(file: _File, task: Task) -> None:
+        task()
+        if done is not None and file.sha256:
+            with telling:
+                done(file.source, file.sha256)
+
     for turn in range(1, TURNS + 1):
         try:
-            transfer.run(task for file in longest_first if not file.sha256 for task in file.tasks())
+            left = (file for file in longest_first if not file.sha256)
+            transfer.run(partial(tell, file, task) for file in left for task in file.tasks())
         except DroppedUpload:
             if turn == TURNS:
                 raise

@@ -21,6 +21,13 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name))
 
 
+def cache() -> Path:
+    """The hub's own cache on this node. It need not exist yet."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def fetch_model(repository: str, *, weights: bool) -> Path:
     """Config and tokenizer, and on demand the weights. Returns the snapshot's folder, named after its commit.
 

@@ -8,111 +8,186 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.weights.cache import cache_folder
-from llmft_core.weights.files import Wanted
+from llmft_core.weights.files import Wanted, is_model_file
 
 if TYPE_CHECKING:
+    from llmft_core.storage.engine import Progress
     from llmft_core.storage.places import Place
+    from llmft_core.weights.manifest import Manifest
 
-MANIFEST = "manifest.json"
+CACHE_MANIFEST = "manifest.json"
+"""In each folder of the cache, written by us: where its files come from, and their bytes and SHA-256."""
 
 
-def mirror(place: Place, origin: str, wanted: Wanted) -> Path:
+@dataclass(frozen=True)
+class Source:
+    """A folder in storage, as a listing and its manifest describe it."""
+
+    place: Place
+    sizes: dict[str, int]
+    """Relative path → bytes, of all files."""
+    manifest: Manifest | None
+    """What its writer promised, where it has one: mirrors of ours and checkpoints do."""
+    versions: dict[str, str]
+    """Relative path → what the store says of the content (ETag, generation, time); empty where it says nothing."""
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what all of the model's files hold, wherever they lie; empty where it is not known."""
+        names = [name for name in self.sizes if is_model_file(name)]
+        if self.manifest is None or not {*names} <= {*self.manifest.files}:
+            return ""
+        return hashlib.sha256(json.dumps([(name, self.manifest.files[name][1]) for name in names]).encode()).hexdigest()
+
+
+def look(place: Place, origin: str) -> Source:
+    """Lists a folder and reads its manifest. Raises InputError where the two do not agree: files are missing, of
+    another size, or too many; or the copy was never finished."""
+    from llmft_core.storage.transfer import list_versions
+    from llmft_core.weights.manifest import MANIFEST, UNFINISHED, read_manifest
+
+    listed = list_versions(place)
+    sizes = {name: size for name, (size, _) in listed.items()}
+    versions = {name: version for name, (_, version) in listed.items()}
+    if MANIFEST not in sizes:
+        if UNFINISHED in sizes:
+            raise InputError(
+                f"{origin}: {place.uri} is not complete, the copy to it was interrupted: run the same `llmft weights "
+                "mirror` again, it continues"
+            )
+        return Source(place, sizes, None, versions)
+    manifest = read_manifest(place / MANIFEST)
+    if manifest is None:
+        return Source(place, sizes, None, versions)
+    again = "copy it there again (`llmft weights mirror`)"
+    for name, (promised, _) in manifest.files.items():
+        if not is_model_file(name):
+            continue
+        if name not in sizes:
+            raise InputError(f"{origin}: {(place / name).uri} is missing, its manifest lists it; {again}")
+        if sizes[name] != promised:
+            raise InputError(
+                f"{origin}: {(place / name).uri} has {sizes[name]} bytes, its manifest says {promised}; {again}"
+            )
+    beyond = sorted(name for name in sizes if is_model_file(name) and name not in manifest.files)
+    if manifest.ours and beyond:
+        raise InputError(
+            f"{origin}: {(place / beyond[0]).uri} is not in the manifest beside it: somebody put it there; remove it, "
+            f"or {again}"
+        )
+    return Source(place, sizes, manifest, versions)
+
+
+def mirror(
+    place: Place,
+    origin: str,
+    wanted: Wanted,
+    *,
+    source: Source | None = None,
+    model: str = "",
+    progress: Progress | None = None,
+) -> Path:
     """Fetch the wanted files of a folder into the cache, unless they are there. Returns the node-local folder.
 
-    The folder's key holds the URI, the wanted files' sizes and, where the source has one (as our checkpoints do), its
-    manifest: what is overwritten at the source gets a new folder, and one that a running job maps is never touched.
-    Raises InputError where nothing wanted is there, LlmftError where a file is not what the source's manifest says.
+    The folder's key holds the URI, the wanted files' sizes and what its manifest, else the store says of their content:
+    what is overwritten at the source gets a new folder, and one that a running job maps is never touched. A file in the
+    cache that was cut or changed since is fetched again. `source`: what `look` said; `model`: the hub id, for
+    `llmft weights list`. Raises InputError where nothing wanted is there, LlmftError where a file is not what the
+    source's manifest says.
     """
-    from llmft_core.storage.transfer import list_files
-
-    listed = list_files(place)  # relative path → bytes
-    sizes = {name: size for name, size in sorted(listed.items()) if wanted(name)}
+    source = source or look(place, origin)
+    sizes = {name: size for name, size in sorted(source.sizes.items()) if wanted(name)}
     if not sizes:
-        found = ", ".join(sorted(listed)[:5]) or "nothing"
+        found = ", ".join(sorted(source.sizes)[:5]) or "nothing"
         raise InputError(f"{origin}: no file of a model there ({found}); check the URI, or `--model FOLDER`")
     root = cache_folder() / "mirror"
     root.mkdir(parents=True, exist_ok=True)
-    promised = _source_manifest(place) if MANIFEST in listed else {}
-    promised = {name: sha256 for name, sha256 in promised.items() if name in sizes}
-    key = hashlib.sha256(json.dumps([place.uri, sizes, promised]).encode()).hexdigest()[:16]
-    folder = root / f"{place.uri.rstrip('/').rsplit('/', 1)[-1] or 'root'}-{key}"
+    promised = {name: sha256 for name, (_, sha256) in source.manifest.files.items()} if source.manifest else {}
+    promised = {name: promised[name] for name in sizes if name in promised}
+    versions = {name: source.versions[name] for name in sizes if name not in promised}
+    key = hashlib.sha256(json.dumps([place.uri, sizes, promised, versions]).encode()).hexdigest()[:16]
+    folder = root / f"{place.name or 'root'}-{key}"
+    described = {"uri": place.uri, "model": model, "promised": {*promised} == {*sizes}}
+    partial = folder.with_name(f"{folder.name}.partial")
     with locked(folder):
         if folder.is_dir():
             if _verified(folder, sizes):
                 return folder
-            shutil.rmtree(folder)  # somebody removed or cut a file in the cache
-        partial = folder.with_name(f"{folder.name}.partial")
-        _fetch_all(place, partial, sizes, promised)
+            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(folder, partial)  # somebody removed, cut or changed a file in the cache; the others stay
+        _fetch_all(place, partial, sizes, promised, described, progress)
         os.replace(partial, folder)
     return folder
 
 
-def _source_manifest(place: Place) -> dict[str, str]:
-    """File → SHA-256 as a checkpoint's own manifest promises; {} where it is another kind of manifest."""
-    from llmft_core.storage.transfer import read_bytes
-
-    try:
-        content = json.loads(read_bytes(place / MANIFEST))
-    except ValueError:  # somebody else's file of that name
-        return {}
-    files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict):
-        return {}
-    return {
-        str(name): str(described["sha256"])
-        for name, described in sorted(files.items())
-        if isinstance(described, dict) and "sha256" in described
-    }
-
-
-def _fetch_all(place: Place, partial: Path, sizes: dict[str, int], promised: dict[str, str]) -> None:
+def _fetch_all(
+    place: Place,
+    partial: Path,
+    sizes: dict[str, int],
+    promised: dict[str, str],
+    described: dict[str, Any],
+    progress: Progress | None,
+) -> None:
     """Into a folder that keeps what is complete, and half of what is large, so that a second attempt goes on where the
     first one ended. LlmftError where a file is not what was listed or promised."""
     from llmft_core.storage.transfer import download_many
 
     partial.mkdir(exist_ok=True)
-    done = _read_manifest(partial)
+    done = read_cache_manifest(partial).get("files", {})
 
     def note(path: Path, sha256: str) -> None:
-        name, arrived = path.relative_to(partial).as_posix(), path.stat().st_size  # bytes
-        if arrived != sizes[name]:
+        name, state = path.relative_to(partial).as_posix(), path.stat()
+        if state.st_size != sizes[name]:
             path.unlink()
             raise LlmftError(
-                f"{(place / name).uri}: {arrived} bytes arrived, but {sizes[name]} were listed: somebody writes there; "
-                "try again"
+                f"{(place / name).uri}: {state.st_size} bytes arrived, but {sizes[name]} were listed: somebody writes "
+                "there; try again"
             )
-        done[name] = {"bytes": arrived, "sha256": sha256}
-        _write_manifest(partial, place.uri, done)
+        done[name] = {"bytes": state.st_size, "sha256": sha256, "mtime_ns": state.st_mtime_ns}
+        _write_manifest(partial, {**described, "files": done})
 
     missing = [name for name, size in sizes.items() if not _is_there(partial, name, size, done)]
-    download_many([(place / name, partial / name, promised.get(name)) for name in missing], done=note)
+    download_many(
+        [(place / name, partial / name, promised.get(name)) for name in missing], done=note, progress=progress
+    )
 
 
 def _verified(folder: Path, sizes: dict[str, int]) -> bool:
-    done = _read_manifest(folder)
+    done = read_cache_manifest(folder).get("files", {})
     return all(_is_there(folder, name, size, done) for name, size in sizes.items())
 
 
 def _is_there(folder: Path, name: str, size: int, done: dict[str, Any]) -> bool:
-    path = folder / name
-    return name in done and path.is_file() and path.stat().st_size == done[name]["bytes"] == size
+    """Whether a file is as it was fetched: by its size and time, since 140 GB take minutes to read; one that was
+    written since is read. What changes without a trace is for `llmft weights verify`."""
+    path, noted = folder / name, done.get(name)
+    if noted is None or not path.is_file():
+        return False
+    state = path.stat()
+    if not state.st_size == noted["bytes"] == size:
+        return False
+    if state.st_mtime_ns == noted.get("mtime_ns"):
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == str(noted["sha256"])
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
-    return files
+def read_cache_manifest(folder: Path) -> dict[str, Any]:
+    """What was written down of a folder of the cache; {} where nothing was."""
+    path = folder / CACHE_MANIFEST
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
-def _write_manifest(folder: Path, uri: str, files: dict[str, Any]) -> None:
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps({"uri": uri, "files": files}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    temporary = folder / f".{CACHE_MANIFEST}"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CACHE_MANIFEST)
 
 
 @contextmanager

@@ -17,10 +17,12 @@ from llmft_core.plan import RunPlan, family_of_name
 from llmft_core.weights import hub
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.files import check_complete, check_weights, identity, is_model_file, is_small_file, read_config
-from llmft_core.weights.mirror import locked, mirror
+from llmft_core.weights.layout import find_model, snapshot
+from llmft_core.weights.mirror import locked, look, mirror
 
 if TYPE_CHECKING:
-    from llmft_core.storage.places import Places
+    from llmft_core.storage.engine import Progress
+    from llmft_core.storage.places import Place, Places
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,44 @@ class ModelFolder:
     """Identifies the whole model (hex), whether its weights were staged or not."""
 
 
-def stage_model(plan: RunPlan, catalog: Catalog, places: Places, *, weights: bool) -> ModelFolder:
-    """Fetch or make what `plan.model.name` names: a short name, a hub id, a folder or a URI.
+def stage_model(
+    plan: RunPlan, catalog: Catalog, places: Places, *, weights: bool, progress: Progress | None = None
+) -> ModelFolder:
+    """Fetch or make what `plan.model.name` names: a short name, a hub id, a folder or a URI. What would come from the
+    hub comes from `plan.weights.mirror` where that is set.
 
     Without `weights` only config and tokenizer are fetched; that there are weights is checked all the same. Safe to
     call from several processes of a node at once. Raises InputError naming what is missing and what to do.
     """
     name = plan.model.name
     family = family_of_name(name, catalog)
-    if family is not None:
-        repository = family.hub_id(name)
-        path, digest = _built(family, name) if repository is None else _from_hub(repository, weights)
+    repository = hub_repository(name, catalog)
+    if repository and plan.weights.mirror:
+        place = find_model(_mirror_place(plan.weights.mirror, places), repository, name)
+        path, digest = _from_place(place, f"model {name}", repository, weights, progress)
+    elif repository:
+        path, digest = _from_hub(repository, weights)
+    elif family is not None:
+        path, digest = _built(family, name)
     elif "://" in name:
-        path, digest = _from_uri(name, places, weights)
+        place = places.place(name)
+        path, digest = _from_place(place, f"model {name}", "", weights, progress)
     elif (folder := Path(name).expanduser()).is_dir():
         path, digest = folder.absolute(), ""
-    elif hub.is_hub_id(name):
-        path, digest = _from_hub(name, weights)
     else:
         raise InputError(f"model {name}: no such folder; give an existing folder, a hub id (owner/name) or a URI")
     config = read_config(path, name)
     if weights or not digest:
         check_complete(path, name)
     return ModelFolder(path, family or family_for(config, name, catalog), config, digest or identity(path))
+
+
+def hub_repository(name: str, catalog: Catalog) -> str:
+    """The hub repository that a short name or a hub id means; empty for a folder, a URI and what a family builds."""
+    family = family_of_name(name, catalog)
+    if family is not None:
+        return family.hub_id(name) or ""
+    return name if hub.is_hub_id(name) and not Path(name).expanduser().is_dir() else ""
 
 
 def family_for(config: Mapping[str, Any], origin: str, catalog: Catalog) -> ModelFamily:
@@ -75,9 +92,14 @@ def family_for(config: Mapping[str, Any], origin: str, catalog: Catalog) -> Mode
     return (special or claiming)[0]
 
 
+def built_folder(family: ModelFamily, name: str) -> Path:
+    """Where this node keeps a model that its family makes. It need not exist yet."""
+    return cache_folder() / "built" / f"{family.name}-{name}-{family.content_version}"
+
+
 def _built(family: ModelFamily, name: str) -> tuple[Path, str]:
     """A model that its family makes: once for each version of its content."""
-    folder = cache_folder() / "built" / f"{family.name}-{name}-{family.content_version}"
+    folder = built_folder(family, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not folder.is_dir():
@@ -94,14 +116,25 @@ def _from_hub(repository: str, weights: bool) -> tuple[Path, str]:
     return path, hashlib.sha256(f"{repository}@{path.name}".encode()).hexdigest()  # the folder's name is the commit
 
 
-def _from_uri(uri: str, places: Places, weights: bool) -> tuple[Path, str]:
-    from llmft_core.storage.transfer import list_files
+def _mirror_place(uri: str, places: Places) -> Place:
+    try:
+        return places.place(uri)
+    except InputError as error:
+        raise InputError(f"weights.mirror: {error}") from error
 
-    place = places.place(uri)
-    listed = list_files(place)
-    if listed:
-        check_weights(listed, uri)
-    path = mirror(place, f"model {uri}", is_model_file if weights else is_small_file)
-    wanted = {name: size for name, size in sorted(listed.items()) if is_model_file(name)}
-    small = [(name, hashlib.sha256((path / name).read_bytes()).hexdigest()) for name in wanted if is_small_file(name)]
-    return path, hashlib.sha256(f"{uri}\0{wanted}\0{small}".encode()).hexdigest()
+
+def _from_place(
+    place: Place, origin: str, repository: str, weights: bool, progress: Progress | None
+) -> tuple[Path, str]:
+    source = look(place, origin)
+    if "config.json" not in source.sizes and "refs/main" in source.sizes and (found := snapshot(place)) is not None:
+        place, source = found, look(found, origin)  # a URI of a models--owner--name folder
+    if source.sizes:
+        check_weights(source.sizes, origin.removeprefix("model "))
+    wanted = is_model_file if weights else is_small_file
+    path = mirror(place, origin, wanted, source=source, model=repository, progress=progress)
+    if digest := source.digest():
+        return path, digest
+    facts = {name: (size, source.versions[name]) for name, size in source.sizes.items() if is_model_file(name)}
+    small = [(name, hashlib.sha256((path / name).read_bytes()).hexdigest()) for name in facts if is_small_file(name)]
+    return path, hashlib.sha256(f"{place.uri}\0{facts}\0{small}".encode()).hexdigest()

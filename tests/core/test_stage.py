@@ -241,6 +241,11 @@ def test_what_is_overwritten_at_the_source_gets_a_new_folder(catalog: Catalog, s
     assert second.path != first.path
     assert first.path.is_dir(), "a running job may map it"
     assert second.digest != first.digest
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # as large as before
+    third = stage(source.as_uri(), catalog)
+    assert third.digest != second.digest
+    assert (third.path / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
 def test_a_checkpoints_manifest_is_held_against_what_arrives(catalog: Catalog, source: Path) -> None:
