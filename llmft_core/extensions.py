@@ -323,7 +323,8 @@ class Tracker(Extension, ABC):
 
     @abstractmethod
     def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """`folder` is local, the tracker's to write to, and is copied to the run's storage at the end."""
+        """`folder` is local, the tracker's to write to, and is copied to the run's storage now and then and at the
+        end."""
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
