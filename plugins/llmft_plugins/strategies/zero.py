@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmft_core import Engine, LlmftError, Placement, Problem, StepOutcome, Strategy, hookimpl
+from llmft_core import (
+    Engine,
+    FillPartition,
+    LlmftError,
+    Placement,
+    Problem,
+    ReadElements,
+    StepOutcome,
+    Strategy,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +110,20 @@ class ZeroEngine(Engine):
 
     def building(self) -> AbstractContextManager[None]:
         return nullcontext()  # transformers opens zero.Init itself once the plug-in above exists
+
+    def filler(self) -> FillPartition | None:
+        return self._fill if self.stage == 3 else None
+
+    def _fill(self, parameter: torch.nn.Parameter, read: ReadElements) -> None:
+        """Rank r holds the elements [r·n, (r+1)·n) of `ds_numel` in `ds_tensor` (n,); the last ones are padded."""
+        part = parameter.ds_tensor.data
+        start = self.rank * len(part)
+        mine = max(0, min(len(part), parameter.ds_numel - start))
+        if mine:
+            read(start, part[:mine])
+        part[mine:].zero_()  # DeepSpeed leaves there what was in the memory
+        if parameter.numel() == parameter.ds_numel:  # one that is not partitioned at this time
+            read(0, parameter.data.view(-1))
 
     def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
         if self.stage < 3:
