@@ -79,7 +79,7 @@ def same_values(files: TensorFiles, one: str, other: str) -> bool:
 
 
 def add_generation_config(model: Any, folder: Path) -> None:
-    """What from_pretrained reads besides the weights: generation_config.json, or what older models say in config.json."""
+    """What from_pretrained reads besides weights: generation_config.json, or what older models say in config.json."""
     from transformers import GenerationConfig
 
     if not model.can_generate():
