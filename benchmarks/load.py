@@ -20,8 +20,10 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 MIB = 2**20
 WAYS = ("from_pretrained", "slices")
@@ -102,7 +104,8 @@ def on_rank(rank: int, ranks: int, way: str, folder: Path, tiny: Path, port: int
 
     def once(where: Path) -> torch.nn.Module:
         if way == "from_pretrained":
-            return load_whole(where, engine)
+            with patch.object(engine, "building", nullcontext):  # as it comes: zero.Init sends every new parameter
+                return load_whole(where, engine)
         with TensorFiles(where) as files:
             return load(where, engine, files, print)
 
