@@ -112,6 +112,8 @@ def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView
     def on_event(event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
             view.phase(event["text"])
+        elif event["kind"] == "warning":
+            view.warn(event["text"])
         elif event["kind"] == "metrics":
             note(outcome, event)
             view.metrics(event["step"], event["epoch"], event["metrics"])

@@ -64,7 +64,7 @@ class Saver:
         else:
             # A process that takes the machine's last memory is killed, and the run with it: file by file instead.
             text = f"{name}: no room for {words.size(size)} in the memory of {socket.gethostname()}: training waits"
-            self.reporter.send({"kind": "phase", "text": f"{text} while rank {self.rank} writes"})
+            self.reporter.send({"kind": "warning", "text": f"{text} while rank {self.rank} writes"})
             written = self._written(name, layout, lambda write: gather(self.engine, layout, self.rank, write))
             work = partial(self._publish, name, layout, *written, facts, started)
         if size:
