@@ -43,8 +43,8 @@ class Pushed:
 
 
 def push(folder: Path, source: Place, target: Place, progress: Progress | None = None) -> Pushed:
-    """Upload a folder as a complete checkpoint: files, manifest, and the marker last. `source` is the folder as a place.
-    The local files are kept.
+    """Upload a folder as a complete checkpoint: files, manifest, and the marker last. `source` is the folder as a
+    place. The local files are kept.
 
     What an interrupted push, or the run itself, has left at the target is compared byte for byte, and only the rest is
     sent. Raises InputError where the folder is no whole checkpoint or the target holds anything else, LlmftError for a
@@ -56,9 +56,7 @@ def push(folder: Path, source: Place, target: Place, progress: Progress | None =
     same = {name: promised[name] for name in there}
     _, wrong = check_files(target, same)
     if wrong:
-        raise InputError(
-            f"{target.uri} holds files of another checkpoint ({'; '.join(wrong)}): choose another target, or remove them"
-        )
+        raise InputError(f"{target.uri} holds files of another checkpoint ({'; '.join(wrong)}): choose another target")
     missing = [name for name in promised if name not in there]
     sent = upload_many([(folder / name, target / name) for name in missing], progress=progress)
     changed = [name for name, sha256 in zip(missing, sent, strict=True) if sha256 != promised[name][1]]

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from llmft_core.catalog import Catalog
 from llmft_core.cli.describe import default_text, type_name
-from llmft_core.errors import InputError, LlmftError, Problem, Problems, close_match
+from llmft_core.cli.plan_file import read_plan_at
+from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.hookspecs import KINDS
 from llmft_core.loading import load_plugins
 from llmft_core.options import leaves
@@ -23,13 +24,11 @@ from llmft_core.plan_sources import (
     PROJECT_FILE,
     environment_layer,
     known_fields,
-    parse_plan,
     read_plan_file,
     set_path,
 )
 
 SELECTORS = (*SINGLE_KINDS, "model")
-LARGEST_PLAN = 2**20  # bytes
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -144,16 +143,7 @@ def fetch_plan(
         if path in fields:
             set_path(flags, path, value)
     backends = resolve_backends([*files, from_environment, Layer("flags", flags)], catalog)
-    from llmft_core.storage.places import Places
-    from llmft_core.storage.transfer import read_bytes
-
-    try:
-        content = read_bytes(Places(catalog, None, backends).place(uri), LARGEST_PLAN + 1)
-    except LlmftError as error:
-        raise InputError(f"--plan: {error}") from error
-    if len(content) > LARGEST_PLAN:
-        raise InputError(f"{uri}: is larger than {LARGEST_PLAN // 2**20} MiB: give --plan a YAML file")
-    return parse_plan(content, uri)
+    return read_plan_at(uri, catalog, backends)
 
 
 def plugins_options(catalog: Catalog, choices: Mapping[str, Any]) -> dict[str, str]:
