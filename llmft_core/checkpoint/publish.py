@@ -100,7 +100,10 @@ def publish(
         marker = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
         write_bytes(target / MARKER, (json.dumps(marker) + "\n").encode())
     except Exception as error:  # whatever it is, the local copy is worth naming
-        raise LlmftError(f"{target.uri} could not be published: {error}; the local copy is kept in {folder}") from error
+        way = f": `llmft checkpoint push {folder} {target.uri}` uploads it" if writers == 1 else ""
+        raise LlmftError(
+            f"{target.uri} could not be published: {error}; the local copy is kept in {folder}{way}"
+        ) from error
     shutil.rmtree(folder)
     return sum(int(described["bytes"]) for described in manifest["files"].values())
 

@@ -112,12 +112,12 @@ def examine(place: Place, size: int, progress: Callable[[str], Progress]) -> Gen
     wrote: list[Place] = []
     with _own_folders(place):
         try:
-            wrote.append(trial.sample)
             before = time.time()
             written = _step("write", trial)
             after = time.time()
             yield written
             if written.state == "ok":
+                wrote.append(trial.sample)
                 read = _step("read", trial)
                 yield read
                 yield _step("list", trial)
@@ -134,11 +134,15 @@ def examine(place: Place, size: int, progress: Callable[[str], Progress]) -> Gen
                 if deleted.state == "ok":
                     wrote.remove(trial.sample)
             else:
-                if written.message.startswith(REFUSED):
-                    wrote.remove(trial.sample)  # surely not there; after a time-out it may be
-                yield Finding("unknown", "read", f"not tried, as nothing could be written; {NEEDED_FOR['read']}")
-                yield _listing(place)
-                yield Finding("unknown", "delete", f"not tried, as nothing could be written; {NEEDED_FOR['delete']}")
+                listed = _listing(place)
+                if listed.state == "ok" and not written.message.startswith(REFUSED):
+                    wrote.append(trial.sample)  # after a time-out it may be there all the same
+                if listed.state == "ok" or listed.message.startswith(REFUSED):
+                    yield listed
+                    untried = ["read", "delete"]
+                else:  # the store or the bucket is not there: the first line says all
+                    untried = ["read", "list", "delete"]
+                yield Finding("unknown", "rest", f"{', '.join(untried)}: not tried, as nothing could be written")
         finally:
             left = [one.uri for one in wrote if not _removed(one)]
     if left:

@@ -88,7 +88,7 @@ def test_all_is_well(
 @pytest.mark.parametrize(
     ("method", "state"),
     [
-        (b"PUT", {"write": "wrong", "read": "unknown", "list": "ok", "delete": "unknown"}),
+        (b"PUT", {"write": "wrong", "list": "ok", "rest": "unknown"}),
         (b"DELETE", {"write": "ok", "read": "ok", "list": "ok", "delete": "wrong"}),
     ],
 )
@@ -119,6 +119,8 @@ def test_a_wrong_secret_and_a_missing_bucket(
     code, lines, _ = check(capsys, *flags, "--storage.bucket", "nobody")
     assert code == 1
     assert "has no bucket nobody" in lines["write"]
+    assert "list, delete: not tried" in lines["rest"]
+    assert "leftovers" not in lines
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     code, lines, _ = check(capsys, *flags)
     assert code == 1
@@ -174,7 +176,7 @@ def test_clocks(skew: float | None, state: str) -> None:
         (["chek"], "did you mean check?"),
         (["check", "--size", "-1"], "--size -1: give MiB"),
         (["check", "--storage", "s3"], "storage.bucket: is required"),
-        (["check", "--storage", "s4"], "did you mean s3?"),
+        (["check", "--storage", "s4"], "no storage is called s4; there are gcs, local, s3"),
         (["check", "--storage", "s3", "--storage.bukket", "b"], "--storage.bukket: no such flag"),
     ],
 )
