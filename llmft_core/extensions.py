@@ -199,6 +199,14 @@ class Strategy(Extension, ABC):
         """The worker's half. The default process group exists already."""
 
 
+ReadElements = Callable[[int, "torch.Tensor"], None]
+"""`read(start, into)` fills `into` (1-d, any type and device) with the elements [start, start + len(into)) of one
+parameter's values, flattened in row-major order, converted to the type of `into`."""
+
+FillPartition = Callable[["torch.nn.Parameter", ReadElements], None]
+"""`fill(parameter, read)` writes this rank's part of a parameter, and of its values reads only these."""
+
+
 class Engine(ABC):
     """One rank's hold on the model under one strategy. The loop and the export know only this."""
 
@@ -210,6 +218,13 @@ class Engine(ABC):
     @abstractmethod
     def building(self) -> AbstractContextManager[None]:
         """The context in which the model is built (ZeRO-3 partitions parameters as they are made)."""
+
+    def filler(self) -> FillPartition | None:
+        """None: a model made under `building` is whole on every rank, and transformers loads it. An engine under which
+        transformers makes parameters partitioned from the start returns what fills them between `building` and
+        `prepare`: each rank then reads its own part from its node's files. Filling is not collective; together the
+        ranks read every element at least once, and padding is no element."""
+        return None
 
     @abstractmethod
     def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
@@ -323,7 +338,8 @@ class Tracker(Extension, ABC):
 
     @abstractmethod
     def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """`folder` is local, the tracker's to write to, and is copied to the run's storage at the end."""
+        """`folder` is local, the tracker's to write to, and is copied to the run's storage now and then and at the
+        end."""
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 import uuid
@@ -13,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.catalog import Catalog
-from llmft_core.errors import InputError, LlmftError, Problems
+from llmft_core.errors import InputError, Problems
 from llmft_core.extensions import Tracker
 from llmft_core.head import head, warnings
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import cluster_problems
 from llmft_core.prepare import Ready, keys_of, make_ready, shipped
+from llmft_core.report.keeper import Keeper
 from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.storage.places import Place, Places
-from llmft_core.storage.transfer import create, upload_many, write_bytes
+from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.cluster import Cluster, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
@@ -112,6 +112,8 @@ def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView
     def on_event(event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
             view.phase(event["text"])
+        elif event["kind"] == "warning":
+            view.warn(event["text"])
         elif event["kind"] == "metrics":
             note(outcome, event)
             view.metrics(event["step"], event["epoch"], event["metrics"])
@@ -128,12 +130,14 @@ def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView
 
     trackers.start(folder, ready.plan.to_json())
     try:
-        with view:
-            launch(ready.job, ready.cluster, folders, on_event)
+        with Keeper(folder, target, view.warn):
+            try:
+                with view:
+                    launch(ready.job, ready.cluster, folders, on_event)
+            finally:
+                trackers.finish()
     finally:
         outcome.seconds = time.monotonic() - started
-        trackers.finish()
-        keep(folder, target, view)
     return outcome
 
 
@@ -144,17 +148,6 @@ def claim(target: Place, described: bytes) -> None:
         write_bytes(target / "plan.json", described)
     elif not create(target / "plan.json", described):
         raise InputError(f"name: {target.uri} was taken by another run in this moment: choose another --name")
-
-
-def keep(folder: Path, target: Place, view: LiveView) -> None:
-    """Copy what the trackers wrote to the run's storage. A failure is said and hides nothing else that happened."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    try:
-        upload_many([(path, target / path.relative_to(folder).as_posix()) for path in files])
-    except LlmftError as error:
-        view.warn(f"metrics were not uploaded: {error}; they are kept in {folder}")
-        return
-    shutil.rmtree(folder)
 
 
 def note(outcome: Outcome, event: Mapping[str, Any]) -> None:

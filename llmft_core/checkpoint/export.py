@@ -1,4 +1,4 @@
-"""A snapshot as files of a Hugging Face folder. Runs beside training: it touches neither the model nor other ranks."""
+"""Gathered tensors as files of a Hugging Face folder. Nothing here touches the model or other ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft_core.checkpoint.snapshot import Snapshot
+from llmft_core.checkpoint.snapshot import Layout
 from llmft_core.errors import LlmftError
 
 if TYPE_CHECKING:
@@ -34,39 +34,46 @@ class Exported:
     """Trained tensors that the base has under another name, or not at all."""
 
 
-def write_weights(snapshot: Snapshot, base: Path, folder: Path) -> Exported:
-    """Write this rank's weight files into `folder`, each copy let go once it is written. `base` is the model folder
-    that training started from. Raises LlmftError where a tensor is not finite."""
-    from safetensors.torch import save_file
+class WeightWriter:
+    """Writes one rank's weight files into `folder`. `base` is the model folder that training started from."""
 
-    comparison = Comparison(base)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(snapshot.tensors):
-        tensors = snapshot.tensors.pop(file)
+    def __init__(self, layout: Layout, base: Path, folder: Path) -> None:
+        self._layout, self._folder = layout, folder
+        self._comparison = Comparison(base)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def write(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """One file. Raises LlmftError where a tensor is not finite."""
+        from safetensors.torch import save_file
+
         for name, tensor in tensors.items():
-            if name not in snapshot.buffers:
-                comparison.look_at(name, tensor, name in snapshot.trained)
-            shapes[name] = tuple(tensor.shape)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    return Exported(
-        shapes,
-        SAFETENSORS_TYPES[str(snapshot.dtype)],
-        snapshot.buffers,
-        comparison.changed,
-        tuple(comparison.unchanged),
-        tuple(comparison.unknown),
-    )
+            if name not in self._layout.buffers:
+                self._comparison.look_at(name, tensor, name in self._layout.trained)
+            self._shapes[name] = tuple(tensor.shape)
+        save_file(dict(tensors), self._folder / file, metadata={"format": "pt"})
+
+    def exported(self) -> Exported:
+        """What was written."""
+        found = self._comparison
+        return Exported(
+            self._shapes,
+            SAFETENSORS_TYPES[str(self._layout.dtype)],
+            self._layout.buffers,
+            found.changed,
+            tuple(found.unchanged),
+            tuple(found.unknown),
+        )
 
 
-def write_rest(snapshot: Snapshot, tokenizer: Path, stop_ids: tuple[int, ...], folder: Path) -> None:
+def write_rest(layout: Layout, tokenizer: Path, stop_ids: tuple[int, ...], folder: Path) -> None:
     """Everything beside the weights: rank 0's part."""
-    if len(snapshot.shards) > 1:
-        total = sum(math.prod(shape) * snapshot.dtype.itemsize for shape in snapshot.shapes.values())
-        weight_map = {name: shard.file for shard in snapshot.shards for name in shard.names}
-        weight_map |= dict.fromkeys(snapshot.buffers, snapshot.shards[0].file)
+    if len(layout.shards) > 1:
+        total = sum(math.prod(shape) * layout.dtype.itemsize for shape in layout.shapes.values())
+        weight_map = {name: shard.file for shard in layout.shards for name in shard.names}
+        weight_map |= dict.fromkeys(layout.buffers, layout.shards[0].file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_configuration(snapshot, folder, stop_ids)
+    write_configuration(layout, folder, stop_ids)
     for source in sorted(tokenizer.iterdir()):
         shutil.copyfile(source, folder / source.name)
 
@@ -106,17 +113,17 @@ class Comparison:
             self.unchanged.append(name)
 
 
-def write_configuration(snapshot: Snapshot, folder: Path, stop_ids: tuple[int, ...]) -> None:
+def write_configuration(layout: Layout, folder: Path, stop_ids: tuple[int, ...]) -> None:
     """config.json and generation_config.json; the latter ends an answer at the closing token that was trained."""
     from transformers import GenerationConfig
 
-    snapshot.config.save_pretrained(folder)
+    layout.config.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["dtype"] = config["torch_dtype"] = str(snapshot.dtype).removeprefix("torch.")  # the latter: transformers 4
+    config["dtype"] = config["torch_dtype"] = str(layout.dtype).removeprefix("torch.")  # the latter: transformers 4
     config["use_cache"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = snapshot.generation_config or GenerationConfig()
+    generation = layout.generation_config or GenerationConfig()
     old = generation.eos_token_id
     known = [] if old is None else [old] if isinstance(old, int) else list(old)
     written = GenerationConfig.from_dict(generation.to_dict())

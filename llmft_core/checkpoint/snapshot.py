@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,17 @@ if TYPE_CHECKING:
     from llmft_core.extensions import Engine
     from llmft_core.plan import RunPlan
 
+Keep = Callable[[str, "dict[str, torch.Tensor]"], None]
+"""Takes one file: its name, and its tensors by name, on the CPU."""
 
-@dataclass
-class Snapshot:
-    """One rank's share. `tensors` is emptied as the files are written."""
 
-    rank: int
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint will hold, equal on all ranks."""
+
     shards: list[Shard]
-    """All files of the checkpoint, of all ranks."""
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """This rank's files: name of the file → name of the tensor → its copy on the CPU, in `dtype`."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Every tensor of the checkpoint by name, of all ranks, persistent buffers included."""
+    """Every tensor by name, persistent buffers included."""
     buffers: frozenset[str]
     """Those of them that are buffers: written in their own type, in the first file."""
     dtype: torch.dtype
@@ -39,25 +39,18 @@ class Snapshot:
         """Ranks 0 to this number, excluded, write files."""
         return 1 + max(shard.writer for shard in self.shards)
 
+    def bytes_of(self, rank: int) -> int:
+        """Bytes of the files that this rank writes."""
+        names = [name for shard in self.shards if shard.writer == rank for name in shard.names]
+        return sum(math.prod(self.shapes[name]) * self.dtype.itemsize for name in names)
 
-def take_snapshot(engine: Engine, plan: RunPlan, rank: int, world_size: int, max_shard: int = MAX_SHARD) -> Snapshot:
-    """Gather the weights, each on the rank that will write it. Collective; nothing is written."""
-    dtype = written_dtype(plan)
-    model = engine.bare_model
-    shapes = engine.shapes()
-    shards = divide(shapes, dtype.itemsize, world_size, max_shard)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for shard in shards:
-        gathered = engine.gathered(shard.names, dtype, rank=shard.writer)
-        if rank == shard.writer:
-            tensors[shard.file] = gathered
+
+def lay_out(engine: Engine, plan: RunPlan, world_size: int, max_shard: int = MAX_SHARD) -> Layout:
+    """Divide the model into files and the files among the ranks."""
+    dtype, model, shapes = written_dtype(plan), engine.bare_model, engine.shapes()
     buffers = persistent_buffers(model)
-    if rank == 0:
-        tensors[shards[0].file] |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-    return Snapshot(
-        rank=rank,
-        shards=shards,
-        tensors=tensors,
+    return Layout(
+        shards=divide(shapes, dtype.itemsize, world_size, max_shard),
         shapes={**shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}},
         buffers=frozenset(buffers),
         dtype=dtype,
@@ -65,6 +58,19 @@ def take_snapshot(engine: Engine, plan: RunPlan, rank: int, world_size: int, max
         config=model.config,
         generation_config=getattr(model, "generation_config", None),
     )
+
+
+def gather(engine: Engine, layout: Layout, rank: int, keep: Keep) -> None:
+    """Gather the weights file by file, each on the rank that writes it, which hands it to `keep`. Collective: the
+    others wait while a rank keeps a file."""
+    for shard in layout.shards:
+        tensors = engine.gathered(shard.names, layout.dtype, rank=shard.writer)
+        if rank != shard.writer:
+            continue
+        if shard is layout.shards[0]:
+            buffers = persistent_buffers(engine.bare_model)
+            tensors |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+        keep(shard.file, tensors)
 
 
 def written_dtype(plan: RunPlan) -> torch.dtype:

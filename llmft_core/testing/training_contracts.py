@@ -14,6 +14,7 @@ import pytest
 from llmft_core.errors import Problem
 from llmft_core.extensions import Method, ModelFamily, Strategy, Tracker
 from llmft_core.testing.contracts import ExtensionContract
+from llmft_core.testing.engines import check_filling
 from llmft_core.values import ModelSize, Placement
 
 
@@ -49,6 +50,16 @@ class StrategyContract(ExtensionContract):
                 configuration = extension.configuration(placement)
                 assert json.loads(json.dumps(configuration, allow_nan=False)) == configuration
                 assert configuration == type(extension)(extension.options).configuration(placement)
+
+    def test_engines_fill_each_parameter_with_its_own_values(
+        self, extension: Strategy, placements: list[Placement]
+    ) -> None:
+        """Starts two gloo processes, if the strategy can do two ranks on CPU in fp32."""
+        wanted = [p for p in placements if (p.world_size, p.device, p.precision) == (2, "cpu", "fp32")]
+        possible = [placement for placement in wanted if not extension.problems(placement)]
+        if not possible:
+            pytest.skip("no placement with two ranks on CPU in fp32")
+        check_filling(type(extension), extension.options, possible[0])
 
 
 class MethodContract(ExtensionContract):

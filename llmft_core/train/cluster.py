@@ -181,23 +181,32 @@ def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> 
         for node in cluster.nodes
         if node.cpus or node.gpus
     }
-    results = {}
-    for node, ref in refs.items():
+    results, failed = {}, []
+    for node, ref in refs.items():  # all of them, also after one that failed: what the others fetch is kept for later
         try:
             results[node] = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, Problems):
-                raise Problems([Problem(f"node {node.host}", str(problem)) for problem in cause.problems]) from None
-            if isinstance(cause, LlmftError):
-                kind = InputError if isinstance(cause, InputError) else LlmftError
-                raise kind(f"node {node.host}: {cause}") from None
-            raise LlmftError(
-                f"node {node.host}: {last_line(str(error))}: is the same llmft installed there?"
-            ) from error
         except ray.exceptions.RayError as error:
-            raise LlmftError(f"node {node.host}: {last_line(str(error))}: is the node still up?") from error
+            failed.append(_failure(node, error))
+    if failed:
+        raise failed[0]
     return results
+
+
+def _failure(node: Node, error: Exception) -> LlmftError:
+    """A node's error, with the node's name."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, Problems):
+            return Problems([Problem(f"node {node.host}", str(problem)) for problem in cause.problems])
+        if isinstance(cause, LlmftError):
+            return (InputError if isinstance(cause, InputError) else LlmftError)(f"node {node.host}: {cause}")
+        return LlmftError(f"node {node.host}: {last_line(str(error))}: is the same llmft installed there?")
+    return LlmftError(
+        f"node {node.host}: it was lost ({last_line(str(error))}): is it still up? Start again: what the other nodes "
+        "have fetched is kept"
+    )
 
 
 def last_line(text: str) -> str:

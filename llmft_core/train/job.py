@@ -58,9 +58,8 @@ class Reporter(Protocol):
     """How a rank speaks to the driver: one plain event at a time, without waiting for an answer."""
 
     def send(self, event: dict[str, Any]) -> None:
-        """Events have a `kind`: phase (`text`), metrics (`step`, `epoch`, `metrics`, `publishing`: a checkpoint was
-        under way), checkpoint (`name`, `uri`,
-        `step`, `metrics`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint held training, of them
-        `waited` for the one before),
+        """Events have a `kind`: phase (`text`), warning (`text`), metrics (`step`, `epoch`, `metrics`, `publishing`: a
+        checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), stall (`seconds`
+        for which a checkpoint held training, of them `waited` for the one before),
         removed (`name` of a checkpoint that is not kept); under Ray also rank (`rank`, `host`) and error (`message`,
         `rank`, `ours`: whether it is an LlmftError)."""

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
 import torch
 
-from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.train.job import Job
+from llmft_core.train.sliced import load_sliced
+from llmft_core.train.tensor_map import map_tensors, refuse
+from llmft_core.weights.tensors import TensorFiles
+
+KINDS = ("missing_keys", "mismatched_keys", "unexpected_keys")
+Warn = Callable[[str], None]
+"""Takes a line of what a user should know of the loading."""
 
 
-def build_model(job: Job, engine: Engine) -> torch.nn.Module:
-    """Load the weights in the engine's context and make room for the tokenizer's added tokens.
+def build_model(job: Job, engine: Engine, warn: Warn = lambda text: None) -> torch.nn.Module:
+    """Load the weights in the engine's context and make room for the tokenizer's added tokens. Collective.
 
-    Raises LlmftError if a weight is missing or has another shape: such a model would train from random numbers.
+    Raises LlmftError if a weight is missing, left over or has another shape: such a model would train from random
+    numbers, or not be the model of the folder.
     """
+    model = load(job.model, engine, warn)
+    add_tokens(model, job.vocabulary, engine)
+    if job.plan.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def load(folder: Path, engine: Engine, warn: Warn) -> torch.nn.Module:
+    """The model with its weights, before anything is changed in it. Collective."""
+    fill = engine.filler()
+    with TensorFiles(folder) as files:  # also where transformers reads them: a broken file is said in our words
+        if fill is None:
+            return load_whole(folder, engine)
+        try:
+            tensor_map = map_tensors(folder, files, engine.parameter_dtype)
+            reason = tensor_map.conversion
+        except (ImportError, AttributeError, TypeError) as error:  # transformers' rules for renaming are not its API
+            reason = f"transformers {version('transformers')} keeps its rules for names elsewhere ({error})"
+        if reason:
+            warn(f"rank 0 reads the whole model into its memory: {reason}, so it cannot be read in slices")
+            return load_whole(folder, engine)
+        return load_sliced(folder, engine, fill, tensor_map, files)
+
+
+def load_whole(folder: Path, engine: Engine) -> torch.nn.Module:
+    """By transformers: every rank maps the files and copies one tensor after the other; under ZeRO-3 rank 0 alone
+    reads, into a dictionary of the whole model, and the others take part in scattering it."""
     from transformers import AutoModelForCausalLM
 
     with engine.building():
         model, info = AutoModelForCausalLM.from_pretrained(
-            job.model,
+            folder,
             dtype=engine.parameter_dtype,
             use_safetensors=True,  # no pickle is ever read
             local_files_only=True,
             output_loading_info=True,
         )
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
-    if wrong:
-        listing = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in wrong.items())
-        raise LlmftError(f"{job.model}: the weights do not fit config.json ({listing}): check the model folder")
-    add_tokens(model, job.vocabulary, engine)
-    if job.plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    trained: torch.nn.Module = model
-    return trained
+    refuse(folder, **{kind: map(str, info.get(kind) or ()) for kind in KINDS})
+    loaded: torch.nn.Module = model
+    return loaded
 
 
 def add_tokens(model: torch.nn.Module, vocabulary: int, engine: Engine) -> None:

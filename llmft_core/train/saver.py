@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from llmft_core.checkpoint.background import Background
-from llmft_core.checkpoint.export import write_rest, write_weights
+from llmft_core.checkpoint.export import Exported, WeightWriter, write_rest
 from llmft_core.checkpoint.publish import publish, publish_part
 from llmft_core.checkpoint.retention import Published, expendable, remove
-from llmft_core.checkpoint.snapshot import Snapshot, take_snapshot
+from llmft_core.checkpoint.snapshot import Keep, Layout, gather, lay_out
 from llmft_core.checkpoint.staging import Staging
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
+from llmft_core.report import words
 from llmft_core.storage.places import Place
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.loop import summary_of
@@ -45,23 +53,50 @@ class Saver:
         self.count += 1
         self.background.wait()  # before the copy, so that memory and disk never hold more than one
         waited = time.perf_counter() - started
-        snapshot = take_snapshot(self.engine, self.job.plan, self.rank, self.job.placement.world_size)
+        layout = lay_out(self.engine, self.job.plan, self.job.placement.world_size)
+        size = layout.bytes_of(self.rank)
         numbers = summary_of(metrics)
         facts = {"step": step, "epoch": epoch, "metrics": numbers, "provenance": dict(self.job.provenance)}
-        if snapshot.tensors:
-            self.background.submit(lambda: self._publish(name, snapshot, facts))
+        if has_room(size):
+            tensors: dict[str, dict[str, torch.Tensor]] = {}
+            gather(self.engine, layout, self.rank, tensors.__setitem__)
+            work = partial(self._write_and_publish, name, layout, tensors, facts, started)
+        else:
+            # A process that takes the machine's last memory is killed, and the run with it: file by file instead.
+            text = f"{name}: no room for {words.size(size)} in the memory of {socket.gethostname()}: training waits"
+            self.reporter.send({"kind": "warning", "text": f"{text} while rank {self.rank} writes"})
+            written = self._written(name, layout, lambda write: gather(self.engine, layout, self.rank, write))
+            work = partial(self._publish, name, layout, *written, facts, started)
+        if size:
+            self.background.submit(work)
         if self.rank == 0:
             self.reporter.send({"kind": "stall", "seconds": time.perf_counter() - started, "waited": waited})
 
-    def _publish(self, name: str, snapshot: Snapshot, facts: Mapping[str, Any]) -> None:
+    def _write_and_publish(
+        self,
+        name: str,
+        layout: Layout,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        facts: Mapping[str, Any],
+        started: float,
+    ) -> None:
         """Everything that training does not wait for."""
-        started = time.perf_counter()
-        job, target = self.job, self.run / name
+
+        def write_all(write: Keep) -> None:
+            while tensors:  # each file's memory is let go once it is written
+                write(*tensors.popitem())
+
+        self._publish(name, layout, *self._written(name, layout, write_all), facts, started)
+
+    def _written(self, name: str, layout: Layout, write_all: Callable[[Keep], None]) -> tuple[Path, Exported]:
+        """A whole staging folder with this rank's files, and what is in it. Raises LlmftError; nothing stays then."""
+        job = self.job
         staging = Staging.open(cache_folder(), job.plan.name, name)
         try:
-            exported = write_weights(snapshot, job.model, staging.folder)
+            writer = WeightWriter(layout, job.model, staging.folder)
+            write_all(writer.write)
             if self.rank == 0:
-                write_rest(snapshot, job.tokenizer, job.stop_ids, staging.folder)
+                write_rest(layout, job.tokenizer, job.stop_ids, staging.folder)
         except LlmftError:
             staging.discard()
             raise
@@ -71,12 +106,17 @@ class Saver:
                 f"{name} could not be written to {staging.folder.parent} ({error}): free disk space, or set "
                 "LLMFT_CACHE to a larger disk"
             ) from error
-        folder = staging.settle()
+        return staging.settle(), writer.exported()
+
+    def _publish(
+        self, name: str, layout: Layout, folder: Path, exported: Exported, facts: Mapping[str, Any], started: float
+    ) -> None:
+        target = self.run / name
         if self.rank != 0:
             publish_part(folder, target, exported, self.rank)
             return
-        shapes, trained = snapshot.shapes, len(snapshot.trained)
-        size = publish(folder, target, exported, facts, shapes=shapes, trained=trained, writers=snapshot.writers)
+        shapes, trained = layout.shapes, len(layout.trained)
+        size = publish(folder, target, exported, facts, shapes=shapes, trained=trained, writers=layout.writers)
         self._announce(target, size, time.perf_counter() - started, facts)
 
     def _announce(self, place: Place, size: int, seconds: float, facts: Mapping[str, Any]) -> None:
@@ -94,3 +134,9 @@ class Saver:
 
     def __exit__(self, *error: Any) -> None:
         self.background.__exit__(*error)
+
+
+def has_room(size: int) -> bool:
+    """Whether every rank of this node may take so many bytes of its memory, with a quarter of what is free left."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return size * ranks <= 0.75 * psutil.virtual_memory().available

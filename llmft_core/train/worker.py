@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,13 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
     try:
         if job.placement.device == "cuda":
             check_gpus(job)
-        if rank == 0:
-            reporter.send({"kind": "phase", "text": "loading the model"})
-        model = method.apply(build_model(job, engine))
+
+        def tell(kind: str, text: str) -> None:
+            if rank == 0:
+                reporter.send({"kind": kind, "text": text})
+
+        tell("phase", "loading the model")
+        model = method.apply(build_model(job, engine, partial(tell, "warning")))
         engine.prepare(model, optimizer_maker(plan, job.placement.device))
         run = Places(catalog, plan.storage, plan.backends).runs() / plan.name
         with Saver(job, engine, rank, reporter, run) as saver:

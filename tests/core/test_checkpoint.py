@@ -10,7 +10,7 @@ import pytest
 from ranks import on_ranks
 from tables import tiny_llama
 from toy_tokenizers import save_toy_tokenizer
-from training import VOCABULARY, train_and_export
+from training import VOCABULARY, save_once, train_and_export
 
 from llmft_core.checkpoint.background import Background
 from llmft_core.checkpoint.export import Comparison, Exported, judge
@@ -68,6 +68,19 @@ def test_the_checkpoint_is_the_trained_model(
             (before.get_tensor(name).numpy() != trained[name][: before.get_slice(name).get_shape()[0]]).any()
             for name in moved
         )
+
+
+def test_without_room_for_a_copy_training_waits_and_the_checkpoint_is_the_same(base: Path, tmp_path: Path) -> None:
+    kinds, files = {}, {}
+    for room in (True, False):
+        store = tmp_path / str(room)
+        events, _ = on_ranks(2, save_once, str(base), str(store), room)
+        kinds[room] = [event["kind"] for event in events]
+        manifest = json.loads((store / "checkpoint_00000" / "manifest.json").read_text())
+        files[room] = {name: described["sha256"] for name, described in manifest["files"].items()}
+    assert files[True] == files[False]
+    assert kinds[True] == ["metrics", "stall", "checkpoint"]
+    assert kinds[False] == ["metrics", "warning", "stall", "checkpoint"]
 
 
 def test_a_large_tensor_has_a_shard_of_its_own_and_the_order_is_kept() -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command import Answer, llmft
+from command import Answer, llmft, llmft_path
+from fault_proxy import Proxy, fault_proxy
+from servers import S3Server
 
 TINY = ("--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "16", "--max-steps", "2")
 
@@ -17,13 +24,17 @@ TINY = ("--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "1
 class ThreeNodes:
     address: str
     caches: tuple[Path, ...]
+    environment: dict[str, str]
+    """With which the driver, as the nodes, reaches the S3 server."""
+    cluster: Any
+    nodes: tuple[Any, ...]
 
     def run(self, *flags: str, folder: Path) -> Answer:
-        return llmft("run", "--cluster", self.address, *TINY, *flags, folder=folder)
+        return llmft("run", "--cluster", self.address, *TINY, *flags, folder=folder, environment=self.environment)
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeNodes]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[ThreeNodes]:
     """A head without room for workers and two nodes with one core each; the second lacks the DeepSpeed strategies."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before ray is imported: it stays on loopback
@@ -32,12 +43,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeNodes]:
     caches = tuple(tmp_path_factory.mktemp(f"node{number}") for number in range(2))
     loopback = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **loopback})
+    nodes = []
     try:
         for cache, disabled in zip(caches, ("", "zero"), strict=True):
-            variables = {"LLMFT_CACHE": str(cache), "LLMFT_DISABLED_PLUGINS": disabled}
-            started.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=variables)
+            variables = {"LLMFT_CACHE": str(cache), "LLMFT_DISABLED_PLUGINS": disabled, **s3_server.environment}
+            nodes.append(started.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=variables))
         started.wait_for_nodes()
-        yield ThreeNodes(started.address, caches)
+        yield ThreeNodes(started.address, caches, s3_server.environment, started, tuple(nodes))
     finally:
         started.shutdown()
         monkeypatch.undo()
@@ -84,3 +96,76 @@ def test_a_root_that_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
     seen = tmp_path / "runs" / "flag"
     (problem,) = node_problems(plan, str(seen), 0)
     assert f"storage.root: {seen.parent} is not the driver's folder" in problem
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_server: S3Server) -> Iterator[Proxy]:
+    with fault_proxy(s3_server.endpoint_url) as running:
+        yield running
+
+
+def mirrored(cluster: ThreeNodes, s3_server: S3Server, name: str, folder: Path) -> None:
+    """The tiny model in the bucket, under another name."""
+    reach = ("--backends.s3.endpoint-url", s3_server.endpoint_url)
+    args = ("weights", "mirror", "llama-2-tiny", f"s3://{s3_server.bucket}/cluster", "--as", name, *reach)
+    answer = llmft(*args, folder=folder, environment=cluster.environment)
+    assert answer.code == 0, answer.err
+
+
+def from_mirror(s3_server: S3Server, proxy: Proxy, name: str) -> tuple[str, ...]:
+    mirror = f"s3://{s3_server.bucket}/cluster"
+    return ("--model", name, "--weights.mirror", mirror, "--backends.s3.endpoint-url", proxy.url, "--workers", "2")
+
+
+def test_each_node_fetches_the_weights_once_and_never_again(
+    cluster: ThreeNodes, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    mirrored(cluster, s3_server, "owner/once", tmp_path)
+    proxy.heads.clear()
+    flags = from_mirror(s3_server, proxy, "owner/once")
+    answer = cluster.run(*flags, "--name", "once", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert gets(proxy)["model.safetensors"] == 2, "one request a node: the file is smaller than a chunk"
+    proxy.heads.clear()
+    again = cluster.run(*flags, "--name", "again", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert gets(proxy)["model.safetensors"] == 0
+
+
+def gets(proxy: Proxy) -> Counter[str]:
+    """How often each object was fetched."""
+    lines = [head.split(b"\r\n", 1)[0].decode() for head in proxy.heads]
+    return Counter(line.split()[1].partition("?")[0].rpartition("/")[2] for line in lines if line.startswith("GET "))
+
+
+def test_a_node_that_dies_while_it_fetches_is_named_and_the_other_keeps_what_it_has(
+    cluster: ThreeNodes, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    """The last test of this file: a node is gone after it."""
+    mirrored(cluster, s3_server, "owner/lost", tmp_path)
+    proxy.heads.clear()
+    proxy.rate, before = 2**20, proxy.answered
+    command = [llmft_path(), "run", "--cluster", cluster.address, *TINY, "--name", "lost"]
+    process = subprocess.Popen(
+        [*command, *from_mirror(s3_server, proxy, "owner/lost")],
+        cwd=tmp_path,
+        env={**os.environ, **cluster.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while gets(proxy)["model.safetensors"] < 2 or proxy.answered - before < 2 * 2**20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    cluster.cluster.remove_node(cluster.nodes[1], allow_graceful=False)
+    _, err = process.communicate(timeout=120)
+    proxy.rate = None
+    assert process.returncode == 1, err
+    (line,) = err.splitlines()
+    assert "it was lost" in line
+    assert "what the other nodes have fetched is kept" in line
+    whole = [path.stat().st_size for path in cluster.caches[0].rglob("mirror/owner--lost*/model.safetensors")]
+    assert len(whole) == 1
+    assert not list(cluster.caches[1].rglob("mirror/owner--lost*/model.safetensors")), "nothing half at its final path"

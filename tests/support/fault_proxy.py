@@ -54,6 +54,8 @@ class Proxy:
     """Bytes of the server's answers that went to clients."""
     rate: float | None = None
     """Bytes/s of all answers together, where they are to be slow."""
+    upload_rate: float | None = None
+    """Bytes/s of all requests together."""
     before_answer: Callable[[bytes], None] | None = None
     """Called with a request's head before it goes to the server."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -135,6 +137,9 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
             received = received[len(block) :] if received else b""
             server.sendall(_flipped(block, position, fault.flip_request if fault else None))
             left, position = left - len(block), position + len(block)
+            with proxy.lock:
+                if proxy.upload_rate is not None:
+                    time.sleep(len(block) / proxy.upload_rate)
         answer = b""
         while b"\r\n\r\n" not in answer:
             block = server.recv(65536)

@@ -84,13 +84,13 @@ VOCABULARY = 101
 
 
 def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: str, precision: str) -> Any:
-    """A few steps, then a snapshot whose files each rank writes into one folder; the gathered weights (rank 0), and
-    what each rank wrote."""
+    """A few steps, then each rank writes its files into one folder; the gathered weights (rank 0), and what each rank
+    wrote."""
     import torch
 
     from llmft_core.catalog import Catalog
-    from llmft_core.checkpoint.export import write_rest, write_weights
-    from llmft_core.checkpoint.snapshot import take_snapshot
+    from llmft_core.checkpoint.export import WeightWriter, write_rest
+    from llmft_core.checkpoint.snapshot import gather, lay_out
     from llmft_core.loading import load_plugins
     from llmft_core.train.loop import train
     from llmft_core.train.model import build_model
@@ -112,12 +112,45 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
     train(job, engine, Data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
-    snapshot = take_snapshot(engine, plan, rank, 2, max_shard=20_000)  # bytes: several files even of a tiny model
-    assert set(snapshot.tensors) == {shard.file for shard in snapshot.shards if shard.writer == rank}
-    exported = write_weights(snapshot, Path(base), Path(target))
+    layout = lay_out(engine, plan, 2, max_shard=20_000)  # bytes: several files even of a tiny model
+    tensors: dict[str, Any] = {}
+    gather(engine, layout, rank, tensors.__setitem__)
+    assert set(tensors) == {shard.file for shard in layout.shards if shard.writer == rank}
+    writer = WeightWriter(layout, Path(base), Path(target))
+    for file in tensors:
+        writer.write(file, tensors[file])
     if rank == 0:
-        write_rest(snapshot, tokenizer, (7,), Path(target))
+        write_rest(layout, tokenizer, (7,), Path(target))
+    exported = writer.exported()
     kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     weights = engine.gathered(list(engine.shapes()), kept)
     engine.finish()
-    return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported, dict(snapshot.shapes)
+    return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported, dict(layout.shapes)
+
+
+def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, Any]]:
+    """One step and one checkpoint on each of two ranks, with or without room in memory for a copy; rank's events."""
+    from llmft_core.catalog import Catalog
+    from llmft_core.loading import load_plugins
+    from llmft_core.storage.places import Places
+    from llmft_core.train import saver as module
+    from llmft_core.train.loop import train
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    class Data:
+        train = random_table(8, VOCABULARY, 20)
+        test = None
+
+    module.has_room = lambda size: room
+    plan = RunPlan.from_json({"strategy": "zero-3", "lr": 1e-2, "precision": "fp32", "global-batch": 8, "name": "x"})
+    placement = Placement(2, "cpu", "fp32", 2, 2, 1.0)
+    job = Job(plan, placement, 1, 1, VOCABULARY, 0, (), {}, Path(base), Path(), Path(base) / "tokenizer")
+    catalog = Catalog(load_plugins())
+    engine = catalog.create("strategy", {"name": "zero-3"}).engine(placement, rank)
+    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    recorder = Recorder()
+    with module.Saver(job, engine, rank, recorder, Places(catalog, None, {}).place(store)) as saver:
+        train(job, engine, Data, rank, saver, saver.save)  # type: ignore[arg-type]
+    engine.finish()
+    return recorder.events

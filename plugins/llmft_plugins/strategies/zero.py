@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmft_core import Engine, LlmftError, Placement, Problem, StepOutcome, Strategy, hookimpl
+from llmft_core import (
+    Engine,
+    FillPartition,
+    LlmftError,
+    Placement,
+    Problem,
+    ReadElements,
+    StepOutcome,
+    Strategy,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +109,22 @@ class ZeroEngine(Engine):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.placement.precision]
 
     def building(self) -> AbstractContextManager[None]:
-        return nullcontext()  # transformers opens zero.Init itself once the plug-in above exists
+        # Transformers opens zero.Init itself once the plug-in above exists.
+        return _without_broadcast() if self.stage == 3 else nullcontext()
+
+    def filler(self) -> FillPartition | None:
+        return self._fill if self.stage == 3 else None
+
+    def _fill(self, parameter: torch.nn.Parameter, read: ReadElements) -> None:
+        """Rank r holds the elements [r·n, (r+1)·n) of `ds_numel` in `ds_tensor` (n,); the last ones are padded."""
+        part = parameter.ds_tensor.data
+        start = self.rank * len(part)
+        mine = max(0, min(len(part), parameter.ds_numel - start))
+        if mine:
+            read(start, part[:mine])
+        part[mine:].zero_()  # DeepSpeed leaves there what was in the memory
+        if parameter.numel() == parameter.ds_numel:  # one that is not partitioned at this time
+            read(0, parameter.data.view(-1))
 
     def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
         if self.stage < 3:
@@ -189,6 +214,24 @@ class ZeroEngine(Engine):
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     """The full shape; a parameter that stage 3 has partitioned is an empty tensor that remembers it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def _without_broadcast() -> Iterator[None]:
+    """Without this, zero.Init sends every new parameter from rank 0 to all: the whole model, and that before it has
+    values, which are filled in afterwards (by us, or by transformers from rank 0)."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    def partition(self: Any, parameter: Any) -> None:
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    original = Init._zero_init_param
+    Init._zero_init_param = partition
+    try:
+        yield
+    finally:
+        Init._zero_init_param = original
 
 
 @hookimpl

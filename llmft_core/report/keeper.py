@@ -1,0 +1,72 @@
+"""What trackers write reaches the run's storage while the run goes on: a driver that dies takes no metrics with it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from llmft_core.errors import LlmftError
+from llmft_core.storage.places import Place
+from llmft_core.storage.transfer import upload_many
+
+EVERY_SECONDS = 30.0
+
+
+class Keeper:
+    """Copies the files of a folder to storage, those that changed, now and then and at the end. A context around the
+    run; a failure is a warning and is tried again. Once everything is in storage the folder is removed."""
+
+    def __init__(self, folder: Path, target: Place, warn: Callable[[str], None], every: float = EVERY_SECONDS) -> None:
+        """`every`: seconds."""
+        self._folder, self._target, self._warn, self._every = folder, target, warn, every
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._failing = False
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="llmft-keeper", daemon=True)
+
+    def __enter__(self) -> Keeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        try:
+            self.copy()
+        except LlmftError as error:
+            self._warn(f"metrics were not uploaded: {error}; they are kept in {self._folder}")
+            return
+        shutil.rmtree(self._folder)
+
+    def copy(self) -> None:
+        """Upload what changed since the last time. Raises LlmftError."""
+        changed: dict[Path, tuple[int, int]] = {}
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_file() and self._sent.get(path) != (state := _state(path)):
+                changed[path] = state
+        with tempfile.TemporaryDirectory(prefix="llmft-metrics-") as scratch:
+            files = []
+            for number, path in enumerate(changed):  # a copy, because a tracker may write on while it is sent
+                files.append((Path(scratch) / str(number), self._target / path.relative_to(self._folder).as_posix()))
+                shutil.copyfile(path, files[-1][0])
+            upload_many(files)
+        self._sent |= changed
+
+    def _work(self) -> None:
+        while not self._ending.wait(self._every):
+            try:
+                self.copy()
+                self._failing = False
+            except LlmftError as error:
+                if not self._failing:
+                    self._warn(f"metrics are not being uploaded: {error}; it is tried again")
+                self._failing = True
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Bytes, and the time of the last change in ns."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

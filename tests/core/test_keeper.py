@@ -1,0 +1,70 @@
+"""Metrics in storage while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from llmft_core.catalog import Catalog
+from llmft_core.loading import load_plugins
+from llmft_core.report.keeper import Keeper
+from llmft_core.storage.places import Place, Places
+
+
+def place(folder: Path) -> Place:
+    return Places(Catalog(load_plugins()), None, {}).place(str(folder))
+
+
+def test_metrics_are_there_before_the_run_ends(tmp_path: Path) -> None:
+    folder, target = tmp_path / "local", tmp_path / "store"
+    (folder / "tensorboard").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("1\n")
+    arrived = threading.Event()
+    with Keeper(folder, place(target), pytest.fail, every=0.01):
+        for _ in range(1000):
+            if (target / "metrics.jsonl").exists():
+                arrived.set()
+                break
+            threading.Event().wait(0.01)
+        (folder / "metrics.jsonl").write_text("1\n2\n")
+        (folder / "tensorboard" / "events").write_text("x")
+    assert arrived.is_set()
+    assert (target / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (target / "tensorboard" / "events").read_text() == "x"
+    assert not folder.exists()
+
+
+def test_only_what_changed_is_sent(tmp_path: Path) -> None:
+    folder, target = tmp_path / "local", tmp_path / "store"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    (folder / "b").write_text("1")
+    keeper = Keeper(folder, place(target), pytest.fail)
+    keeper.copy()
+    (target / "a").unlink()
+    (folder / "b").write_text("22")
+    keeper.copy()
+    assert not (target / "a").exists()
+    assert (target / "b").read_text() == "22"
+
+
+def test_a_storage_that_fails_is_one_warning_and_loses_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    (tmp_path / "store").write_text("a file where a folder should be")
+    said: list[str] = []
+    warned = threading.Event()
+
+    def warn(text: str) -> None:
+        said.append(text)
+        warned.set()
+
+    with Keeper(folder, place(tmp_path / "store" / "run"), warn, every=0.01):
+        assert warned.wait(30)
+        threading.Event().wait(0.2)  # more attempts, and no word of them
+    assert [text.split(":")[0] for text in said] == ["metrics are not being uploaded", "metrics were not uploaded"]
+    assert str(folder) in said[-1]
+    assert (folder / "a").exists()
