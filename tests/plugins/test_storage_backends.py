@@ -180,7 +180,7 @@ def test_a_silent_server(s3_runs: Callable[..., Place], monkeypatch: pytest.Monk
     """It accepts and says nothing: s3fs's time-out ends a read, ours a write, which waits for `100 Continue`."""
     monkeypatch.setattr(s3, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(faults, "sleep", lambda seconds: None)
-    monkeypatch.setattr(transfer, "_PROBE_PATIENCE", faults.Patience(attempts=1, limit=2))
+    monkeypatch.setattr(check_storage, "PATIENCE", faults.Patience(attempts=1, limit=2))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = s3_runs(endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(LlmftError) as caught:
