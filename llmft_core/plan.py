@@ -276,6 +276,13 @@ def resolve(layers: Sequence[Layer], catalog: Catalog) -> RunPlan:
     return plan.model_copy(update=updates)
 
 
+def resolve_storage(layers: Sequence[Layer], catalog: Catalog) -> Choice:
+    """What the layers say of the run's storage, with defaults filled in. The rest of the plan may be wrong or missing.
+    Raises Problems."""
+    only = [Layer(layer.source, {k: v for k, v in layer.data.items() if k == "storage"}) for layer in layers]
+    return resolve(only, catalog).storage
+
+
 def resolve_backends(layers: Sequence[Layer], catalog: Catalog) -> dict[str, dict[str, Any]]:
     """What the layers say of storage, as options by backend name: the run's storage is one of them here, and its
     `backends` options are stronger. The rest of the plan may be wrong or missing. Raises Problems."""

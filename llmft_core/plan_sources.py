@@ -26,14 +26,22 @@ PROJECT_FILE = "llmft.yaml"
 
 def read_plan_file(path: Path, source: str = "") -> Layer:
     """A YAML file as a layer, called `source` in errors about it. Raises InputError naming file and line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give --plan an existing YAML file") from None
+    return parse_plan(content, str(path), source)
+
+
+def parse_plan(content: bytes, path: str, source: str = "") -> Layer:
+    """YAML from `path`, a file or URI, as a layer, called `source` in errors about it. Raises InputError naming the
+    line."""
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8").replace("\r\n", "\n")
         _refuse_keys_given_twice(yaml.compose(text, Loader=yaml.SafeLoader))
         data = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give --plan an existing YAML file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
     except yaml.YAMLError as error:
@@ -41,10 +49,10 @@ def read_plan_file(path: Path, source: str = "") -> Layer:
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from None
     if data is None:
-        return Layer(source or str(path), {})
+        return Layer(source or path, {})
     if not isinstance(data, dict):
         raise InputError(f"{path}: a plan is a mapping of options, this is a {type(data).__name__}")
-    return Layer(source or str(path), {str(key): value for key, value in data.items()})
+    return Layer(source or path, {str(key): value for key, value in data.items()})
 
 
 def _refuse_keys_given_twice(node: Any) -> None:

@@ -13,8 +13,9 @@ from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.loading import load_plugins
 from llmft_core.plan import SINGLE_KINDS, RunPlan
+from llmft_core.storage.check_storage import probe
 from llmft_core.storage.places import Place, Places
-from llmft_core.storage.transfer import delete, list_files, probe, write_bytes
+from llmft_core.storage.transfer import delete, list_files, write_bytes
 from llmft_core.train.cluster import Cluster, Node, on_each_node
 from llmft_core.weights.cache import cache_folder
 

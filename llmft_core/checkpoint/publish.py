@@ -43,7 +43,7 @@ class Part:
 def upload_part(folder: Path, target: Place, exported: Exported) -> Part:
     """Verify this rank's local files and upload them, verified. The folder is kept. Raises LlmftError."""
     verify_weights(folder, exported)
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    files = {path.name: describe(path) for path in sorted(folder.iterdir())}
     sent = upload_many([(folder / name, target / name) for name in files])
     for (name, described), sha256 in zip(files.items(), sent, strict=True):
         if sha256 != described["sha256"]:
@@ -100,7 +100,10 @@ def publish(
         marker = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
         write_bytes(target / MARKER, (json.dumps(marker) + "\n").encode())
     except Exception as error:  # whatever it is, the local copy is worth naming
-        raise LlmftError(f"{target.uri} could not be published: {error}; the local copy is kept in {folder}") from error
+        way = f": `llmft checkpoint push {folder} {target.uri}` uploads it" if writers == 1 else ""
+        raise LlmftError(
+            f"{target.uri} could not be published: {error}; the local copy is kept in {folder}{way}"
+        ) from error
     shutil.rmtree(folder)
     return sum(int(described["bytes"]) for described in manifest["files"].values())
 
@@ -186,6 +189,7 @@ def _tokenizer_entries(folder: Path) -> int:
         raise LlmftError(f"the exported tokenizer cannot be loaded ({error})") from error
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 (hex) of a local file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,4 +1,4 @@
-"""`llmft checkpoint list|show|verify|pull`: checkpoints in storage."""
+"""`llmft checkpoint list|show|verify|pull|push|prune`: checkpoints in storage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmft_core.cli import checkpoint_write
 from llmft_core.cli.describe import print_table
 from llmft_core.cli.flags import Parser
 from llmft_core.cli.reach import reach
@@ -22,6 +23,8 @@ ACTIONS = {
     "show": "metrics, plan and provenance of a checkpoint",
     "verify": "read every byte of a checkpoint and hold it against its manifest",
     "pull": "fetch a checkpoint into a new folder, verified",
+    "push": "upload a local folder (pulled, or kept by a run whose upload failed) as a complete checkpoint",
+    "prune": "remove checkpoints of a finished run, but the newest and the best",
 }
 
 
@@ -34,8 +37,11 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     )
     parser.add_argument("action", nargs="?", metavar="ACTION", help=", ".join(ACTIONS))
     parser.add_argument("place", nargs="?", metavar="FOLDER-OR-URI", help="a checkpoint; for `list` a run or a root")
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="for `pull`: the new local folder")
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="for `pull` the new local folder, for `push` a folder in storage"
+    )
     parser.add_argument("--json", action="store_true", help="for `list` and `show`: print JSON and nothing else")
+    checkpoint_write.add_flags(parser)
     reached = reach(parser, argv, environ, folder, check_flags)
     if reached is None:
         return 0
@@ -43,6 +49,12 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     place = places.place(own.place)
     if own.action == "list":
         return show_list(place, own)
+    if own.action == "push":
+        checkpoint_write.push(own, place, places.place(own.target))
+        return 0
+    if own.action == "prune":
+        checkpoint_write.prune(own, place)
+        return 0
     from llmft_core.checkpoint.stored import pull, read_manifest, verify_stored
     from llmft_core.report import words
 
@@ -66,8 +78,11 @@ def check_flags(own: argparse.Namespace) -> None:
         raise InputError(f"{given}; there are {', '.join(ACTIONS)}: {PROG} list ./llmft-runs")
     if not own.place:
         raise InputError(f"{PROG} {own.action} needs a folder or URI")
-    if (own.action == "pull") != bool(own.target):
-        raise InputError(f"{PROG} pull CHECKPOINT FOLDER: pull needs a new folder, the other actions take none")
+    if own.action == "push" and (not own.target or "://" in own.place):
+        raise InputError(f"{PROG} push FOLDER TARGET: push needs a local folder, and where in storage it goes")
+    if own.action != "push" and (own.action == "pull") != bool(own.target):
+        raise InputError(f"{PROG} pull CHECKPOINT FOLDER: pull needs a new folder, the others but push take none")
+    checkpoint_write.check_flags(own)
 
 
 def show_list(place: Place, own: argparse.Namespace) -> int:

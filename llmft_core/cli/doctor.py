@@ -192,7 +192,7 @@ def check_cache() -> list[Finding]:
         return [Finding("error", "cache", f"{folder} cannot be written", mend)]
     kept = kept_copies(cache_folder())
     if kept:
-        mend = "look at them, copy them to where they belong (or remove them): a run that goes on may own the newest"
+        mend = "`llmft checkpoint push FOLDER URI` uploads one (or remove them): a run that goes on may own the newest"
         message = f"{len(kept)} checkpoints that were written and not uploaded: {', '.join(map(str, kept))}"
         return [Finding("warning", "cache", message, mend)]
     held = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())

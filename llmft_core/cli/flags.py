@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 from llmft_core.catalog import Catalog
 from llmft_core.cli.describe import default_text, type_name
+from llmft_core.cli.plan_file import read_plan_at
 from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.hookspecs import KINDS
 from llmft_core.loading import load_plugins
 from llmft_core.options import leaves
-from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options, merge, resolve
+from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options, merge, resolve, resolve_backends
 from llmft_core.plan_sources import (
     PROJECT_FILE,
     environment_layer,
@@ -78,10 +79,11 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     early, _ = first.parse_known_args(list(argv))
 
     files = [read_plan_file(folder / PROJECT_FILE, PROJECT_FILE)] if (folder / PROJECT_FILE).is_file() else []
-    files += [read_plan_file(Path(early.plan))] if early.plan is not None else []
-    disabled = list(early.disable_plugin or [])
-    for layer in files:
-        disabled += _names(layer.data.get("disable-plugin", []))
+    if early.plan is not None and "://" in early.plan:
+        files.append(fetch_plan(early.plan, argv, environ, files, early))
+    elif early.plan is not None:
+        files.append(read_plan_file(Path(early.plan)))
+    disabled = disabled_by(early, files)
     catalog = Catalog(load_plugins(disabled))
     unknown_plugins = [
         Problem("disable-plugin", f"no plugin is called {name}{close_match(name, known)}; `llmft plugins` lists all")
@@ -89,13 +91,7 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
         if name not in (known := _plugin_words(catalog))
     ]
 
-    selected: dict[str, Any] = {}
-    for kind in SELECTORS:
-        if hasattr(early, f"{kind}.name"):
-            set_path(selected, f"{kind}.name", getattr(early, f"{kind}.name"))
-    # Twice: the environment may choose the plugins whose options it sets.
-    chosen_by_environment, _ = environment_layer(environ, [f"{kind}.name" for kind in SELECTORS])
-    choices, _ = merge([*files, chosen_by_environment, Layer("flags", selected)])
+    choices = chosen(early, environ, files)
     fields = dict(known_fields(catalog, choices))
     from_environment, problems = environment_layer(environ, fields, plugins_options(catalog, choices))
 
@@ -110,6 +106,44 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     problems += unknown_plugins + unknown_flags(extra, list(fields), catalog, choices)
     layers = (*files, from_environment, Layer("flags", from_flags))
     return Given(layers, catalog, tuple(problems), parser, early.debug, early.help)
+
+
+def chosen(early: argparse.Namespace, environ: Mapping[str, str], files: Sequence[Layer]) -> dict[str, Any]:
+    """The files and the choice of plugins, merged: which plugins are chosen decides which flags there are."""
+    selected: dict[str, Any] = {}
+    for kind in SELECTORS:
+        if hasattr(early, f"{kind}.name"):
+            set_path(selected, f"{kind}.name", getattr(early, f"{kind}.name"))
+    # The environment is read twice: it may choose the plugins whose options it sets.
+    chosen_by_environment, _ = environment_layer(environ, [f"{kind}.name" for kind in SELECTORS])
+    choices, _ = merge([*files, chosen_by_environment, Layer("flags", selected)])
+    return choices
+
+
+def disabled_by(early: argparse.Namespace, files: Sequence[Layer]) -> list[str]:
+    """Plugins that flags and files disable."""
+    disabled = list(early.disable_plugin or [])
+    for layer in files:
+        disabled += _names(layer.data.get("disable-plugin", []))
+    return disabled
+
+
+def fetch_plan(
+    uri: str, argv: Sequence[str], environ: Mapping[str, str], files: Sequence[Layer], early: argparse.Namespace
+) -> Layer:
+    """The plan at a URI. How it is reached is said by `--backends.NAME.OPTION` or `--storage.OPTION`, `llmft.yaml` and
+    the environment; the plan itself cannot say it. Raises InputError, whatever goes wrong."""
+    catalog = Catalog(load_plugins(disabled_by(early, files)))
+    choices = chosen(early, environ, files)
+    fields = dict(known_fields(catalog, choices))
+    from_environment, _ = environment_layer(environ, fields)  # what is wrong here is said once the plan is there
+    parsed, _ = full_parser("llmft", catalog, choices).parse_known_args(list(argv))
+    flags: dict[str, Any] = {}
+    for path, value in vars(parsed).items():
+        if path in fields:
+            set_path(flags, path, value)
+    backends = resolve_backends([*files, from_environment, Layer("flags", flags)], catalog)
+    return read_plan_at(uri, catalog, backends)
 
 
 def plugins_options(catalog: Catalog, choices: Mapping[str, Any]) -> dict[str, str]:
@@ -137,7 +171,7 @@ def add_program_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("program")
     group.add_argument("-h", "--help", action="store_true", help="show this help and leave")
     group.add_argument("--debug", action="store_true", help="show tracebacks and the logs of Ray and all libraries")
-    group.add_argument("--plan", metavar="FILE", help="read options from this YAML file; flags are stronger")
+    group.add_argument("--plan", metavar="FILE", help="read options from this YAML file or URI; flags are stronger")
     group.add_argument(
         "--disable-plugin", action="append", metavar="PLUGIN", help=RunPlan.model_fields["disable_plugin"].description
     )
@@ -199,6 +233,18 @@ def add_backend_flags(parser: argparse.ArgumentParser, catalog: Catalog) -> None
     for entry in catalog.entries:
         if entry.kind == "storage":
             for path, field in leaves(entry.extension.options_type, f"backends.{entry.name}"):
+                _add_flag(group, path, field)
+
+
+def add_storage_flags(parser: argparse.ArgumentParser, catalog: Catalog, choices: Mapping[str, Any]) -> None:
+    """`--storage NAME` and the options of the storage that is chosen."""
+    group = parser.add_argument_group("storage")
+    group.add_argument(
+        "--storage", metavar="NAME", help=f"where runs are written ({', '.join(catalog.names('storage'))})"
+    )
+    for prefix, options in chosen_options(catalog, choices).items():
+        if prefix == "storage":
+            for path, field in leaves(options, prefix):
                 _add_flag(group, path, field)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from llmft_core.cli import checkpoint, doctor, generate, plan, plugins, run, weights
+from llmft_core.cli import checkpoint, doctor, generate, plan, plugins, run, storage, weights
 from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, close_match, one_line
 
 DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models on a Ray cluster."
@@ -66,6 +66,7 @@ def dispatch(argv: list[str]) -> int:
         "generate": generate.run_command,
         "checkpoint": checkpoint.run_command,
         "weights": weights.run_command,
+        "storage": storage.run_command,
     }
     if argv and argv[0] in own:
         return own[argv[0]](argv[1:], os.environ, Path.cwd())
@@ -80,8 +81,9 @@ def dispatch(argv: list[str]) -> int:
     commands.add_parser("run", help="train: `llmft run --help` lists the flags of the chosen plugins")
     commands.add_parser("plan", help="say what `llmft run` with the same flags would do, and train nothing")
     commands.add_parser("generate", help="answer a prompt from a checkpoint")
-    commands.add_parser("checkpoint", help="list, show, verify and fetch checkpoints in storage")
+    commands.add_parser("checkpoint", help="list, show, verify, fetch, upload and remove checkpoints in storage")
     commands.add_parser("weights", help="fetch, mirror, list and verify pretrained models")
+    commands.add_parser("storage", help="check a bucket or folder for runs: permissions, speed, clock")
     for module in (plugins, doctor):
         module.add_parser(commands, common)
     if not argv:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic, sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.places import Place
@@ -44,8 +44,8 @@ _USERS_STATUS = range(400, 500)
 @dataclass(frozen=True)
 class Patience:
     """How long to keep trying: so many attempts, waits that double from `first_wait` to `longest_wait` (seconds, ±50 %
-    so that many workers do not return at once), no new attempt once `deadline` seconds have passed, and no answer after
-    `limit` seconds is a fault too."""
+    so that many workers do not return at once) and are longer where the store asks for it (Retry-After), no new attempt
+    once `deadline` seconds have passed, and no answer after `limit` seconds is a fault too."""
 
     attempts: int = 4
     first_wait: float = 0.5
@@ -88,10 +88,33 @@ def users_fault(error: BaseException) -> bool:
     return status in _USERS_STATUS and status not in _TRANSIENT_STATUS
 
 
+def refused(error: BaseException) -> bool:
+    """Whether the store understood the request and does not permit it."""
+    return any(isinstance(link, PermissionError) or _status(link) in (401, 403) for link in chain(error))
+
+
+def asked_wait(error: BaseException) -> float:
+    """Seconds that the store itself asks to wait (Retry-After); 0 where it does not say, or gives a date."""
+    for link in chain(error):
+        response = getattr(link, "response", None)
+        headers = _metadata(link).get("HTTPHeaders") or getattr(response, "headers", None)
+        headers = headers or getattr(link, "headers", None)  # botocore; requests; aiohttp
+        if isinstance(headers, Mapping):
+            told = {str(name).lower(): str(value).strip() for name, value in headers.items()}.get("retry-after", "")
+            if told.isdecimal():
+                return float(told)
+    return 0.0
+
+
+def _metadata(error: BaseException) -> Mapping[str, Any]:
+    """What botocore keeps of an answer."""
+    response = getattr(error, "response", None)
+    return response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an error of aiohttp, requests, gcsfs or botocore, where there is one."""
-    response = getattr(error, "response", None)
-    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    metadata = _metadata(error)
     found = (getattr(error, "code", None), getattr(error, "status", None), metadata.get("HTTPStatusCode"))
     return next((int(str(status)) for status in found if str(status).isdigit()), None)
 
@@ -109,6 +132,7 @@ def attempt(
             raise
         except Exception as error:  # a store's client may raise anything; it is explained, not swallowed
             wait = min(patience.first_wait * 2**turn, patience.longest_wait) * random.uniform(0.5, 1.5)
+            wait = max(wait, asked_wait(error))
             in_time = monotonic() - started + wait < patience.deadline
             if turn + 1 < patience.attempts and in_time and transient(error) and _waited(wait, stopped):
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, cast
 
 from llmft_core.errors import ChangedMeanwhile, InputError
@@ -17,6 +18,17 @@ def version_of(told: Mapping[str, Any]) -> str:
     """What a store tells of a file's content in a listing, by the first of its marks; empty where it tells nothing."""
     marks = ("ETag", "md5Hash", "generation", "etag", "mtime")
     return next((str(told[mark]) for mark in marks if told.get(mark) is not None), "")
+
+
+def modified(told: Mapping[str, Any]) -> float | None:
+    """When a file was last written, in seconds since 1970 by the clock of its store; None where it tells nothing."""
+    for mark in ("LastModified", "mtime"):  # S3; Google and folders
+        when = told.get(mark)
+        if isinstance(when, datetime):
+            return when.timestamp()
+        if isinstance(when, (int, float)):
+            return float(when)
+    return None
 
 
 def info(place: Place, ask: Callable[..., Any] = attempt) -> dict[str, Any]:

@@ -8,23 +8,20 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError
 from llmft_core.storage.downloads import download_files
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress
-from llmft_core.storage.faults import Patience, attempt
-from llmft_core.storage.objects import fetch, info, version_of
+from llmft_core.storage.faults import attempt
+from llmft_core.storage.objects import fetch, info, modified, version_of
 from llmft_core.storage.places import Place, checked_name
 from llmft_core.storage.uploads import upload_files
 
 BLOCK = 16 * 2**20  # bytes of one ranged read
 READ_AHEAD = 2**20  # bytes that an opened file reads at once
-_PROBE_PATIENCE = Patience(attempts=2, first_wait=0.5, deadline=10, limit=40)  # soon rather than surely
 
 
 def list_files(place: Place) -> dict[str, int]:
@@ -35,6 +32,19 @@ def list_files(place: Place) -> dict[str, int]:
 def list_versions(place: Place) -> dict[str, tuple[int, str]]:
     """As `list_files`: relative path → (bytes, version). The version is another one after a change of the content (the
     store's checksum or generation, a local file's time), and empty where the store lists none."""
+    return {name: (int(told["size"]), version_of(told)) for name, told in _listing(place).items()}
+
+
+def last_written(place: Place) -> float | None:
+    """When the youngest file of a folder was written, in seconds since 1970 by the store's clock; None where the store
+    does not list it of every file, or there is none."""
+    times = [modified(told) for told in _listing(place).values()]
+    known = [when for when in times if when is not None]
+    return max(known) if known and len(known) == len(times) else None
+
+
+def _listing(place: Place) -> dict[str, dict[str, Any]]:
+    """All files below a folder: relative path → what the store tells of it."""
     fs = attempt(place, lambda: place.fs)
     # fsspec's generic walk leaves out folders that it cannot read; the object stores' flat listing does not.
     strict = {} if fs.async_impl else {"on_error": "raise"}
@@ -51,8 +61,8 @@ def list_versions(place: Place) -> dict[str, tuple[int, str]]:
     prefix = place.path.rstrip("/") + "/"
     found = attempt(place, listing)
     files = {
-        path.removeprefix(prefix): (int(info["size"]), version_of(info))
-        for path, info in found.items()
+        path.removeprefix(prefix): told
+        for path, told in found.items()
         if path.startswith(prefix) and path != prefix and not path.endswith("/")
     }
     for name in files:
@@ -201,37 +211,6 @@ def delete_folder(place: Place) -> None:
             return
 
     attempt(place, remove)
-
-
-def probe(place: Place) -> None:
-    """Writes, reads back, compares and deletes a small object below `place`. Raises InputError: storage that cannot do
-    this is found before anything is started."""
-    sample = place / f".llmft-probe-{uuid.uuid4().hex}"
-    made = _missing_folders(place)
-    content = f"llmft probe {uuid.uuid4().hex}\n".encode()
-    doing = "write to"
-    try:
-        attempt(place, lambda: place.fs.pipe_file(sample.path, content), _PROBE_PATIENCE)
-        doing = "read from"
-        returned = attempt(place, lambda: place.fs.cat_file(sample.path), _PROBE_PATIENCE)
-        if returned != content:
-            raise InputError(f"{sample.uri} came back as {len(returned)} other bytes: this storage damages files")
-        doing = "delete from"
-        attempt(place, lambda: place.fs.rm_file(sample.path), _PROBE_PATIENCE)
-    except LlmftError as error:
-        raise InputError(f"cannot {doing} storage: {error}") from error.__cause__
-    finally:
-        for folder in made:
-            with suppress(OSError):  # somebody writes there already
-                folder.rmdir()
-
-
-def _missing_folders(place: Place) -> list[Path]:
-    """Folders that writing below `place` makes, the deepest first. Object stores have none."""
-    if place.backend.scheme != "file":
-        return []
-    folder = Path(place.path)
-    return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def free_bytes(path: Path) -> int:

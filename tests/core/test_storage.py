@@ -16,7 +16,7 @@ from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import StorageBackend
 from llmft_core.loading import load_plugins
-from llmft_core.storage import faults, transfer
+from llmft_core.storage import check_storage, faults, transfer
 from llmft_core.storage.places import Place, Places
 
 CATALOG = Catalog(load_plugins())
@@ -143,14 +143,14 @@ def test_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_probe_leaves_nothing(tmp_path: Path) -> None:
-    transfer.probe(places({"name": "local", "root": str(tmp_path / "new")}).runs())
+    check_storage.probe(places({"name": "local", "root": str(tmp_path / "new")}).runs())
     assert list(tmp_path.iterdir()) == [], "not even the folders that it made"
 
 
 def test_probe_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to storage: .*give another --storage\.root") as caught:
-        transfer.probe(places({"name": "local", "root": str(tmp_path / "file")}).runs())
+        check_storage.probe(places({"name": "local", "root": str(tmp_path / "file")}).runs())
     assert caught.value.exit_code == 2
 
 
@@ -174,7 +174,7 @@ def test_an_upload_that_was_changed_on_the_way_is_found(tmp_path: Path) -> None:
 
 def test_a_probe_that_was_changed_on_the_way_is_found(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="this storage damages files"):
-        transfer.probe(over(Flipping(skip_instance_cache=True), tmp_path))
+        check_storage.probe(over(Flipping(skip_instance_cache=True), tmp_path))
 
 
 @pytest.mark.parametrize("filesystem", [Cutting, Rewritten])

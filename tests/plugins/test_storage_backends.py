@@ -18,7 +18,7 @@ from servers import GcsServer, S3Server, free_port
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.loading import load_plugins
-from llmft_core.storage import faults, transfer
+from llmft_core.storage import check_storage, faults, transfer
 from llmft_core.storage.places import Place, Places
 from llmft_plugins.storage import gcs, s3
 
@@ -92,7 +92,7 @@ def test_round_trip(folder: Place, tmp_path: Path) -> None:
 
 
 def test_probe_leaves_nothing(folder: Place) -> None:
-    transfer.probe(folder)
+    check_storage.probe(folder)
     assert transfer.list_files(folder) == {}
 
 
@@ -120,7 +120,7 @@ def test_a_missing_object(folder: Place, tmp_path: Path) -> None:
 
 def test_a_missing_bucket(folder: Place) -> None:
     nowhere = Place(folder.backend, "no-such-bucket/runs")
-    for action in (transfer.probe, transfer.list_files):
+    for action in (check_storage.probe, transfer.list_files):
         with pytest.raises(InputError) as caught:
             action(nowhere)
         one_line(caught, "no bucket no-such-bucket", "--storage.bucket")
@@ -141,7 +141,7 @@ def test_what_s3_holds_is_what_was_sent(s3_runs: Callable[..., Place], s3_server
 def test_a_wrong_secret(s3_runs: Callable[..., Place], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(InputError) as caught:
-        transfer.probe(s3_runs())
+        check_storage.probe(s3_runs())
     one_line(caught, "cannot write to storage: s3://bucket/runs", "does not accept", "AWS_SECRET_ACCESS_KEY")
     with pytest.raises(InputError) as caught:
         transfer.exists(s3_runs() / "x")
@@ -152,27 +152,27 @@ def test_no_credentials_never_means_anonymous(s3_runs: Callable[..., Place], mon
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(InputError) as caught:
-        transfer.probe(s3_runs())
+        check_storage.probe(s3_runs())
     one_line(caught, "no AWS credentials were found", "AWS_ACCESS_KEY_ID", "--storage.profile", "--storage.anonymous")
 
 
 def test_an_unknown_profile(s3_runs: Callable[..., Place]) -> None:
     with pytest.raises(InputError) as caught:
-        transfer.probe(s3_runs(profile="nobody"))
+        check_storage.probe(s3_runs(profile="nobody"))
     one_line(caught, "nobody", "--storage.profile")
 
 
 def test_anonymous_is_sent_without_a_key(s3_runs: Callable[..., Place]) -> None:
     assert s3_runs(anonymous=True).fs.anon
     with pytest.raises(InputError) as caught:
-        transfer.probe(s3_runs(anonymous=True))
+        check_storage.probe(s3_runs(anonymous=True))
     one_line(caught, "cannot write to storage: s3://bucket/runs")
 
 
 def test_nobody_listens(s3_runs: Callable[..., Place]) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
-        transfer.probe(s3_runs(endpoint_url=endpoint))
+        check_storage.probe(s3_runs(endpoint_url=endpoint))
     one_line(caught, f"cannot reach {endpoint}", "--storage.endpoint-url")
 
 
@@ -180,14 +180,14 @@ def test_a_silent_server(s3_runs: Callable[..., Place], monkeypatch: pytest.Monk
     """It accepts and says nothing: s3fs's time-out ends a read, ours a write, which waits for `100 Continue`."""
     monkeypatch.setattr(s3, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(faults, "sleep", lambda seconds: None)
-    monkeypatch.setattr(transfer, "_PROBE_PATIENCE", faults.Patience(attempts=1, limit=2))
+    monkeypatch.setattr(check_storage, "PATIENCE", faults.Patience(attempts=1, limit=2))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = s3_runs(endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(LlmftError) as caught:
             transfer.read_bytes(place / "x")
         one_line(caught, "did not answer in time", exit_code=1)
         with pytest.raises(InputError) as refused:
-            transfer.probe(place)
+            check_storage.probe(place)
         one_line(refused, "did not answer in time (no answer within 2 s)")
 
 
@@ -255,7 +255,7 @@ def test_checksums_are_botocores_own_for_aws_only(monkeypatch: pytest.MonkeyPatc
 def test_gcs_no_credentials_never_means_anonymous(gcs_server: GcsServer) -> None:
     """The emulator would take an anonymous request."""
     with pytest.raises(InputError) as caught:
-        transfer.probe(runs("gcs", bucket=gcs_server.bucket, endpoint_url=gcs_server.endpoint_url))
+        check_storage.probe(runs("gcs", bucket=gcs_server.bucket, endpoint_url=gcs_server.endpoint_url))
     one_line(caught, "no Google Cloud credentials were found", "GOOGLE_APPLICATION_CREDENTIALS", "--storage.anonymous")
 
 
@@ -264,7 +264,7 @@ def test_gcs_a_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = runs("gcs", bucket="b", endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}", anonymous=True)
         with pytest.raises(InputError) as caught:
-            transfer.probe(place)
+            check_storage.probe(place)
     one_line(caught, "did not answer in time")
 
 
@@ -273,7 +273,7 @@ def test_gcs_nobody_listens() -> None:
     """gcsfs repeats a refused connection for half a minute; nothing switches that off."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
-        transfer.probe(runs("gcs", bucket="b", endpoint_url=endpoint, anonymous=True))
+        check_storage.probe(runs("gcs", bucket="b", endpoint_url=endpoint, anonymous=True))
     one_line(caught, f"cannot reach {endpoint}", "--storage.endpoint-url")
 
 

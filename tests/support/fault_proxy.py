@@ -15,15 +15,24 @@ from dataclasses import dataclass, field
 REFUSAL = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
+def refusal(status: str, code: str = "", *headers: str) -> bytes:
+    """A whole answer in a server's place: `403 Forbidden`, S3's error code, more header lines."""
+    body = f"<Error><Code>{code}</Code><Message>{code} by the proxy</Message></Error>" if code else ""
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/xml", *headers]
+    return ("\r\n".join([*lines, "Connection: close", "", ""]) + body).encode()
+
+
 @dataclass
 class Fault:
-    """What happens to the requests that `of` accepts, `times` times. One of `status_503`, `hang`, `lose_answer`,
-    `reset_after`, `truncate_after`, `flip_answer`, `flip_request` (the last four in bytes of the body)."""
+    """What happens to the requests that `of` accepts, `times` times. One of `status_503`, `answer`, `hang`,
+    `lose_answer`, `reset_after`, `truncate_after`, `flip_answer`, `flip_request` (the last four: bytes of the body)."""
 
     of: Callable[[bytes], bool]
     """Given the request's head, from the method to the empty line."""
     times: int = 1
     status_503: bool = False
+    answer: bytes | None = None
+    """Given by the proxy in the server's place (see `refusal`)."""
     hang: bool = False
     reset_after: int | None = None
     truncate_after: int | None = None
@@ -100,8 +109,9 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
                 if fault is not None and fault.hang:
                     closing.wait()
                     return
-                if fault is not None and fault.status_503:
-                    client.sendall(REFUSAL)
+                refused = None if fault is None else REFUSAL if fault.status_503 else fault.answer
+                if refused is not None:
+                    client.sendall(refused)
                     client.shutdown(socket.SHUT_WR)
                     client.settimeout(1)
                     while client.recv(65536):  # a client that still sends would see a reset instead of the answer

@@ -24,7 +24,8 @@ _FORBIDDEN = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden"}
 _BAD_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthFailure"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
 _WRONG_REGION = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_BUSY = {"500", "503", "InternalError", "ServiceUnavailable", "SlowDown"}
+_FULL = {"507", "InsufficientStorage", "XMinioStorageFull", "QuotaExceeded"}
+_BUSY = {"429", "TooManyRequests", "500", "503", "InternalError", "ServiceUnavailable", "SlowDown"}
 
 
 class S3Options(Options):
@@ -163,6 +164,8 @@ class S3Storage(StorageBackend):
             )
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{path}: the disk of this machine is full: free space"
+        if codes & _FULL:
+            return f"{path}: {where} has no room for it ({said}): free space there, or raise the bucket's quota"
         if codes & _BUSY:
             return f"{path}: {where} keeps failing ({said}): it is overloaded, broken or full; try again later"
         return f"{path}: {type(error).__name__}: {said}"
