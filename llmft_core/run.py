@@ -23,6 +23,7 @@ from llmft_core.report.keeper import Keeper
 from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
+from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.cluster import Cluster, on_each_node, start, termination_as_interrupt
@@ -98,10 +99,16 @@ def stage_on_node(plan_json: Mapping[str, Any], keys: Mapping[str, str], files: 
 
 
 def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView) -> Outcome:
-    """Claim the run's name in storage, train, follow the events, and keep what the trackers wrote."""
+    """Claim the run's name in storage, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
-    claim(target, (json.dumps(described, indent=2) + "\n").encode())
+    with Lease(target, view.warn):
+        claim(target, (json.dumps(described, indent=2) + "\n").encode())
+        return follow(ready, folders, target, view)
+
+
+def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place, view: LiveView) -> Outcome:
+    """Train, follow the events, and keep what the trackers write."""
     trackers_folder = cache_folder() / "trackers"
     trackers_folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))

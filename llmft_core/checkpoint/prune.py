@@ -9,6 +9,7 @@ from llmft_core.checkpoint.retention import Published, expendable, remove
 from llmft_core.checkpoint.stored import StoredCheckpoint, list_checkpoints, read_manifest
 from llmft_core.errors import InputError
 from llmft_core.plan import CheckpointOptions
+from llmft_core.storage.lease import holder_of
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import delete_folder, last_written
 
@@ -31,7 +32,8 @@ class Pruning:
 
 def decide(run: Place, options: CheckpointOptions, *, incomplete: bool) -> Pruning:
     """Reads every manifest, and removes nothing. `incomplete`: those without a marker go too, unless one of their files
-    is younger than an hour. Raises InputError where `run` is not one run's folder, LlmftError where a manifest is
+    is younger than an hour. Raises InputError where `run` is not one run's folder, or
+    is being written, LlmftError where a manifest is
     damaged."""
     found = list_checkpoints(run)
     if not found:
@@ -42,6 +44,8 @@ def decide(run: Place, options: CheckpointOptions, *, incomplete: bool) -> Pruni
             f"{run.uri} is not a run's folder, it holds {len({one.run for one in elsewhere})} below it: give one of "
             f"them, as {elsewhere[0].place.uri.rpartition('/')[0]}"
         )
+    if incomplete and (holder := holder_of(run)) is not None:
+        raise InputError(f"{run.uri} is being written by {holder}: prune it without --incomplete, or once it has ended")
     by_number = sorted(found, key=lambda one: int(one.name.rpartition("_")[2]))
     complete = [one for one in by_number if one.complete]
     published = [Published(one.place, read_manifest(one.place).get("metrics", {})) for one in complete]

@@ -1,0 +1,150 @@
+"""A lease on a run: a small file that its holder renews, so that two processes never write one run.
+
+It is as good as the clocks: two machines that differ by more than `TTL` may both believe to hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from llmft_core.errors import InputError, LlmftError
+from llmft_core.storage.places import Place
+from llmft_core.storage.transfer import create, delete, exists, read_bytes, write_bytes
+
+NAME = "lease.json"
+TTL = 300.0  # seconds without a renewal after which a lease is nobody's
+EVERY = 60.0  # seconds between two renewals
+SETTLE = 1.0  # seconds after which one of several writers at once is the last
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who writes a run."""
+
+    token: str
+    host: str
+    pid: int
+    renewed: float
+    """Seconds since 1970, by the holder's clock."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last renewal, by this machine's clock."""
+        return time.time() - self.renewed
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, last heard of {max(0.0, self.age):.0f} s ago"
+
+
+def holder_of(run: Place) -> Holder | None:
+    """Who writes a run now; None where nobody does, or nobody has been heard of for `TTL` seconds."""
+    found = _read(run)
+    return found if found is not None and found.age < TTL else None
+
+
+def interrupt() -> None:
+    """Stop this process as Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
+class Lease:
+    """A run's lease, as a context: taken, renewed in a thread, given back.
+
+    Raises InputError where another process has it; a stale one is taken over. Where another process takes it over from
+    us (this machine slept, or lost the network for minutes), `on_lost` is called, and leaving the context raises
+    LlmftError.
+    """
+
+    def __init__(
+        self, run: Place, warn: Callable[[str], None], on_lost: Callable[[], None] = interrupt, every: float = EVERY
+    ) -> None:
+        """`every`: seconds between two renewals."""
+        self._run, self._warn, self._on_lost, self._every = run, warn, on_lost, every
+        self._token = uuid.uuid4().hex
+        self._lost = False
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="llmft-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        other = holder_of(self._run)
+        if other is not None:
+            raise self._refusal(other)
+        stale = _read(self._run) is not None
+        if stale or not self._run.backend.creates_exclusively:
+            self._write()
+        elif not create(self._run / NAME, self._content()):
+            raise self._refusal(_read(self._run))
+        if self._run.backend.scheme != "file":
+            # Some servers ignore the condition, and a stale lease is written without one: the last writer has it.
+            time.sleep(SETTLE)
+        now = _read(self._run)
+        if now is None or now.token != self._token:
+            raise self._refusal(now)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+        if self._lost:
+            raise LlmftError(
+                f"{self._run.uri} was taken over by another process ({_read(self._run)}): this one has stopped writing"
+            ) from error
+        try:
+            now = _read(self._run)
+            if now is not None and now.token == self._token:
+                delete(self._run / NAME)
+        except LlmftError as failure:
+            self._warn(f"the lease was not given back: {failure}; it ends by itself in {TTL:.0f} s")
+
+    def _renew(self) -> None:
+        failing = False
+        while not self._ending.wait(self._every):
+            try:
+                now = _read(self._run)
+                if now is not None and now.token != self._token:
+                    self._lost = True
+                    self._on_lost()
+                    return
+                self._write()
+                failing = False
+            except LlmftError as error:
+                if not failing:
+                    self._warn(f"the lease cannot be renewed: {error}; it is tried again")
+                failing = True
+
+    def _write(self) -> None:
+        write_bytes(self._run / NAME, self._content())
+
+    def _content(self) -> bytes:
+        said: dict[str, Any] = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
+        return (json.dumps({**said, "renewed": time.time()}) + "\n").encode()
+
+    def _refusal(self, other: Holder | None) -> InputError:
+        who = f" by {other}" if other is not None else ""
+        return InputError(
+            f"name: {self._run.uri} is being written{who}: choose another --name, or wait until that run has ended"
+        )
+
+
+def _read(run: Place) -> Holder | None:
+    if not exists(run / NAME):
+        return None
+    try:
+        return Holder(**json.loads(read_bytes(run / NAME)))
+    except InputError:  # given back since
+        return None
+    except (ValueError, TypeError) as error:
+        raise LlmftError(f"{(run / NAME).uri} is no lease ({error}): remove it if no process writes this run") from None

@@ -1,0 +1,100 @@
+"""One process writes a run: the others are refused, a lease that nobody renews is taken over, and its holder told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from servers import S3Server
+
+from llmft_core.catalog import Catalog
+from llmft_core.errors import InputError, LlmftError
+from llmft_core.loading import load_plugins
+from llmft_core.storage import lease as module
+from llmft_core.storage.lease import NAME, TTL, Lease, holder_of
+from llmft_core.storage.places import Place, Places
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Place:
+    return Places(Catalog(load_plugins()), None, {}).place(str(tmp_path / "runs" / "x"))
+
+
+def age(run: Place, seconds: float) -> None:
+    """As if the lease had been renewed so long ago."""
+    path = Path(run.path) / NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "renewed": time.time() - seconds}))
+
+
+def test_it_is_held_and_given_back(run: Place) -> None:
+    with Lease(run, pytest.fail):
+        holder = holder_of(run)
+        assert holder is not None
+        with pytest.raises(InputError, match=r"is being written by process \d+ on .*: choose another --name"):
+            Lease(run, pytest.fail).__enter__()
+    assert holder_of(run) is None
+    assert not (Path(run.path) / NAME).exists()
+
+
+def test_a_stale_one_is_taken_over_and_its_holder_stops(run: Place) -> None:
+    told = threading.Event()
+    stopped = pytest.raises(LlmftError, match="was taken over by another process")
+    with stopped, Lease(run, pytest.fail, told.set) as old:  # noqa: PT012 - leaving the lease raises
+        age(run, TTL + 1)
+        assert holder_of(run) is None
+        with Lease(run, pytest.fail):
+            old._every = 0.01
+            old._ending.set()  # wakes the thread, which would sleep for a minute
+            old._thread.join()
+            old._ending.clear()
+            old._renew()
+            assert told.is_set()
+            assert holder_of(run) is not None, "the old one did not write over the new one"
+
+
+def test_it_is_renewed(run: Place) -> None:
+    with Lease(run, pytest.fail, every=0.01):
+        age(run, 200)
+        for _ in range(1000):
+            holder = holder_of(run)
+            if holder is not None and holder.age < 100:
+                return
+            threading.Event().wait(0.01)
+    pytest.fail("nobody renewed it")
+
+
+def test_what_is_no_lease_is_said(run: Place) -> None:
+    Path(run.path).mkdir(parents=True)
+    (Path(run.path) / NAME).write_text("{}")
+    with pytest.raises(LlmftError, match="is no lease"):
+        Lease(run, pytest.fail).__enter__()
+
+
+@pytest.mark.parametrize("server", ["rclone", "moto"])
+def test_of_several_at_once_one_gets_it(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """moto keeps the promise of conditional writes; rclone does not, and there the last writer has it."""
+    running: S3Server = request.getfixturevalue("s3_server" if server == "rclone" else "moto_server")
+    for name, value in running.environment.items():
+        monkeypatch.setenv(name, value)
+    options = {"s3": {"endpoint-url": running.endpoint_url}}
+    run = Places(Catalog(load_plugins()), None, options).place(f"s3://{running.bucket}/leases-{server}/runs/x")
+    leases = [Lease(run, pytest.fail) for _ in range(4)]
+
+    def enter(lease: Lease) -> bool:
+        try:
+            lease.__enter__()
+        except InputError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(enter, leases))
+    assert won.count(True) == 1
+    leases[won.index(True)].__exit__(None, None, None)
+    assert module.holder_of(run) is None
