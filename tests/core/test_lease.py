@@ -43,7 +43,7 @@ def test_it_is_held_and_given_back(run: Place) -> None:
 def test_a_stale_one_is_taken_over_and_its_holder_stops(run: Place) -> None:
     told = threading.Event()
     stopped = pytest.raises(LlmftError, match="was taken over by another process")
-    with stopped, Lease(run, pytest.fail, told.set) as old:  # noqa: PT012 - leaving the lease raises
+    with stopped, Lease(run, pytest.fail, told.set) as old:
         age(run, TTL + 1)
         assert holder_of(run) is None
         with Lease(run, pytest.fail):
