@@ -6,9 +6,9 @@ Needs the `tests` extra (rclone). The nodes are those of a real Ray cluster on t
 object store and a cache folder of its own, so what they exchange goes from store to store over loopback as it would
 over a network, only that one machine does the work of all. What runs on them is the code of `llmft run`. The server is
 rclone behind a proxy with a process of its own that lets through so many MB/s: in `server` one proxy for all nodes, in
-`node` one proxy (and the same rate) for each, which is how S3 behaves until a bucket's limits are reached. Both ways take
-turns; before each round the caches are emptied, and the actors' and workers' processes are new. The model is random bytes
-with a manifest, in four shards. `sent` is what the proxies sent, in copies of the model.
+`node` one proxy (and the same rate) for each, as S3 behaves until a bucket's limits are reached. Both ways take turns,
+with empty caches; what shares starts new actors each time, what does not finds Ray's workers warm from before.
+The model is random bytes with a manifest, in four shards. `sent` is what the proxies sent, in copies of the model.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def main() -> None:
         proxies = [Throttle(server.endpoint_url, options.rate * 1e6) for _ in caches]
         for proxy in proxies:
             ending.callback(proxy.close)
-        print("| throttled | nodes | each for itself, s | sent | shared, s | sent | gain |\n|---|---|---|---|---|---|---|")
+        print("| throttled | nodes | each for itself, s | sent | shared, s | sent | gain |")
+        print("|---|---|---|---|---|---|---|")
         for nodes in options.nodes:
             for throttle in options.throttle:
                 own = [proxies[0]] * nodes if throttle == "server" else proxies[:nodes]

@@ -195,7 +195,8 @@ def collected(refs: Mapping[Node, Any]) -> dict[Node, Any]:
     first one that no other node's failure explains."""
     import ray
 
-    results, failed = {}, []
+    results: dict[Node, Any] = {}
+    failed: list[LlmftError] = []
     for node, ref in refs.items():  # all of them, also after one that failed: what the others fetch is kept for later
         try:
             results[node] = ray.get(ref)
@@ -215,8 +216,8 @@ def _failure(node: Node, error: Exception) -> LlmftError:
         if isinstance(cause, Problems):
             return Problems([Problem(f"node {node.host}", str(problem)) for problem in cause.problems])
         if isinstance(cause, LlmftError):
-            kind = next(kind for kind in (InputError, PeerFailed, LlmftError) if isinstance(cause, kind))
-            return kind(f"node {node.host}: {cause}")
+            kind = type(cause) if isinstance(cause, PeerFailed) else LlmftError
+            return (InputError if isinstance(cause, InputError) else kind)(f"node {node.host}: {cause}")
         return LlmftError(f"node {node.host}: {last_line(str(error))}: is the same llmft installed there?")
     return LlmftError(
         f"node {node.host}: it was lost ({last_line(str(error))}): is it still up? Start again: what the other nodes "

@@ -99,8 +99,8 @@ def mirror(
     The folder's key holds the URI, the wanted files' sizes and what its manifest, else the store says of their content:
     what is overwritten at the source gets a new folder, and one that a running job maps is never touched. A file in the
     cache that was cut or changed since is fetched again. `source`: what `look` said; `model`: the hub id, for
-    `llmft weights list`; `sharer`: this node's end of an exchange with others. Raises InputError where nothing wanted is there, LlmftError where a file is not what the
-    source's manifest says.
+    `llmft weights list`; `sharer`: this node's end of an exchange with others. Raises InputError where nothing wanted
+    is there, LlmftError where a file is not what the source's manifest says.
     """
     source = source or look(place, origin)
     sizes = {name: size for name, size in sorted(source.sizes.items()) if wanted(name)}

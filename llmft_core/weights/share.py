@@ -61,7 +61,7 @@ class Sharer:
         self._peers: Sequence[Any] = ()
         self._key = ""  # name of the folder in the cache: it stands for the source and its content
         self._root = Path()
-        self._order: dict[str, int] = {}
+        self._first: dict[str, int] = {}  # file → number of its first chunk, of those of all files
         self._held: dict[str, _Held] = {}
         self._ended = ""  # why nothing more comes
         self._failed = False
@@ -118,7 +118,7 @@ class Sharer:
         data = np.empty(length, dtype=np.uint8)
         read = 0
         while read < length:
-            more = os.preadv(held.handle, [memoryview(data)[read:]], start + read)
+            more = os.preadv(held.handle, [data[read:].data], start + read)
             if more == 0:
                 return f"has lost the end of {name}: somebody cut it"
             read += more
@@ -126,14 +126,14 @@ class Sharer:
 
     # --- for this node's own staging
 
-    def begin(self, folder: Path, root: Path, names: Mapping[str, int], missing: Sequence[str]) -> None:
+    def begin(self, folder: Path, root: Path, sizes: Mapping[str, int], missing: Sequence[str]) -> None:
         """This model's files are wanted: they become `folder`, and lie below `root` now, all but those missing."""
         with self._news:
             self._key, self._root = folder.name, root
-            self._order = {name: number for number, name in enumerate(sorted(names))}
-            for name in names.keys() - set(missing):
+            self._first = first_chunks(sizes)
+            for name in sizes.keys() - set(missing):
                 handle = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC)
-                self._held[name] = _Held(handle, None, names[name])
+                self._held[name] = _Held(handle, None, sizes[name])
             self._news.notify_all()
 
     def opened(self, target: Path, version: str, handle: int, there: int) -> None:
@@ -177,7 +177,7 @@ class Sharer:
         return target.relative_to(self._root).as_posix()
 
     def _bringer(self, target: Path, start: int) -> int:
-        return bringer(self._order[self._name(target)], start, len(self._hosts))
+        return bringer(self._first[self._name(target)], start, len(self._hosts))
 
     def _end(self, said: str, *, failed: bool) -> None:
         with self._news:
@@ -185,10 +185,19 @@ class Sharer:
             self._news.notify_all()
 
 
-def bringer(file: int, start: int, nodes: int) -> int:
-    """Which of the nodes brings the chunk at byte `start` of the file with this number: they take turns within a file,
-    and from file to file, so that each brings about as much of few large files as of many small ones."""
-    return (file + start // CHUNK) % nodes
+def first_chunks(sizes: Mapping[str, int]) -> dict[str, int]:
+    """File → number of its first chunk, where the chunks of all files (bytes) are counted one after the other."""
+    first, chunks = {}, 0
+    for name, size in sorted(sizes.items()):
+        first[name] = chunks
+        chunks += -(-size // CHUNK)
+    return first
+
+
+def bringer(first: int, start: int, nodes: int) -> int:
+    """Which of the nodes brings the chunk at byte `start` of a file: they take turns, through all files, so that each
+    brings about as much of few large files as of many small ones."""
+    return (first + start // CHUNK) % nodes
 
 
 def requests_at_once(nodes: int) -> int:

@@ -52,7 +52,8 @@ def stage_model(
     hub comes from `plan.weights.mirror` where that is set.
 
     Without `weights` only config and tokenizer are fetched; that there are weights is checked all the same. Safe to
-    call from several processes of a node at once. `sharer`: this node's end of an exchange with others. Raises InputError naming what is missing and what to do.
+    call from several processes of a node at once. `sharer`: this node's end of an exchange with others. Raises
+    InputError naming what is missing and what to do.
     """
     name = plan.model.name
     family = family_of_name(name, catalog)

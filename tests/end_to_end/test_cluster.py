@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from command import Answer, llmft, llmft_path
-from fault_proxy import Proxy, fault_proxy
+from fault_proxy import Fault, Proxy, fault_proxy
 from servers import S3Server
 
 TINY = ("--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "16", "--max-steps", "2")
@@ -130,6 +131,76 @@ def test_each_node_fetches_the_weights_once_and_never_again(
     again = cluster.run(*flags, "--name", "again", folder=tmp_path)
     assert again.code == 0, again.err
     assert gets(proxy)["model.safetensors"] == 0
+
+
+def test_nodes_that_share_fetch_each_byte_once_together(
+    cluster: ThreeNodes, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    mirrored(cluster, s3_server, "owner/shared", tmp_path)
+    assert s3_server.folder is not None
+    source = s3_server.folder / "cluster" / "owner--shared"
+    files = {path.name: path.read_bytes() for path in source.iterdir() if path.name != "manifest.json"}
+    proxy.heads.clear()
+    before = proxy.answered
+    flags = from_mirror(s3_server, proxy, "owner/shared")
+    answer = cluster.run(*flags, "--weights.share", "--name", "shared", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert gets(proxy)["model.safetensors"] == 1, "the file is smaller than a chunk: one node brings it"
+    assert proxy.answered - before < 1.3 * sum(map(len, files.values())), "config and tokenizer go to the driver too"
+    for cache in cluster.caches:
+        (folder,) = cache.glob("mirror/owner--shared-*[!k]")  # not its .lock
+        assert {name: (folder / name).read_bytes() for name in files} == files
+
+
+def test_a_node_that_cannot_bring_its_part_is_named_and_the_next_run_goes_on(
+    cluster: ThreeNodes, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    mirrored(cluster, s3_server, "owner/denied", tmp_path)
+    model = f"s3://{s3_server.bucket}/cluster/owner--denied"
+    args = (cluster.address, model, proxy.url)
+
+    def forbidden(head: bytes) -> bool:
+        return head.startswith(b"GET ") and b"owner--denied/model.safetensors" in head
+
+    proxy.faults.append(Fault(forbidden, times=100, truncate_after=1000))
+    code, said = stage_shared(*args, folder=tmp_path, environment=cluster.environment)
+    proxy.faults.clear()
+    assert code == 1, said
+    assert "model.safetensors" in said
+    assert "which shares" not in said, "the node that failed is named, not the one that waited for it"
+    for cache in cluster.caches:
+        assert not list(cache.glob("mirror/owner--denied*/model.safetensors"))
+    code, said = stage_shared(*args, folder=tmp_path, environment=cluster.environment)
+    assert (code, said) == (0, ""), said
+    proxy.heads.clear()
+    (lost,) = cluster.caches[1].glob("mirror/owner--denied-*/model.safetensors")
+    lost.unlink()
+    code, said = stage_shared(*args, folder=tmp_path, environment=cluster.environment)
+    assert (code, said) == (0, ""), said
+    assert lost.is_file()
+    assert gets(proxy)["model.safetensors"] <= 1
+
+
+def stage_shared(address: str, model: str, url: str, *, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """The staging of a run alone, in a driver of its own; its exit code and its error."""
+    script = """
+import sys
+from llmft_core import LlmftError, run
+from llmft_core.plan import RunPlan
+from llmft_core.train.cluster import _connected
+address, model, url = sys.argv[1:]
+backends = {"s3": {"endpoint-url": url}}
+plan = RunPlan.model_validate({"model": model, "strategy": "ddp", "backends": backends})
+try:
+    run.stage_shared(_connected(address, debug=False), (plan.to_json(), {}, []), run.stage_on_node)
+except LlmftError as error:
+    sys.exit(str(error))
+"""
+    command = [sys.executable, "-c", script, address, model, url]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, timeout=240
+    )
+    return done.returncode, done.stderr.strip()
 
 
 def gets(proxy: Proxy) -> Counter[str]:
