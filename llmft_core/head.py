@@ -83,6 +83,8 @@ def warnings(ready: Ready) -> list[str]:
                 else "; --model chooses a real one"
             )
         )
+    if ready.plan.weights.share and len(ready.cluster.working) < 2:
+        found.append("--weights.share does nothing here: one node has nobody to share with")
     if ready.plan.warmup_steps >= ready.job.total_steps:
         found.append(
             f"--warmup-steps {ready.plan.warmup_steps} is not less than the run's "

@@ -57,6 +57,11 @@ class WeightsOptions(Options):
     mirror: str = Field(
         "", description="folder or URI from which models with a short name or hub id are taken instead of the hub"
     )
+    share: bool = Field(
+        False,
+        description="nodes of a cluster split what comes from a mirror or URI, and take the rest from each other: for "
+        "a source that is slower than N nodes together",
+    )
 
 
 class DataOptions(Options):

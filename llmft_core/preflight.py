@@ -18,6 +18,7 @@ from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import delete, list_files, write_bytes
 from llmft_core.train.cluster import Cluster, Node, on_each_node
 from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.stage import comes_from_place
 
 
 def storage_problems(plan: RunPlan, places: Places) -> list[Problem]:
@@ -44,6 +45,19 @@ def context_problems(plan: RunPlan, config: Mapping[str, Any]) -> list[Problem]:
             )
         ]
     return []
+
+
+def sharing_problems(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> list[Problem]:
+    """Nodes can only split what lies in a mirror or at a URI."""
+    if not plan.weights.share or len(cluster.working) < 2 or comes_from_place(plan, catalog):
+        return []
+    return [
+        Problem(
+            "weights.share",
+            f"model {plan.model.name} comes from no mirror or URI, so nodes cannot split it: give --weights.mirror URI "
+            "or --model URI, or leave out --weights.share",
+        )
+    ]
 
 
 def disk_problems(checkpoint_bytes: int) -> list[Problem]:

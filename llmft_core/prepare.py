@@ -20,7 +20,7 @@ from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat
 from llmft_core.placing import place
 from llmft_core.plan import RunPlan
-from llmft_core.preflight import context_problems, disk_problems, storage_problems
+from llmft_core.preflight import context_problems, disk_problems, sharing_problems, storage_problems
 from llmft_core.storage.places import Places
 from llmft_core.train.cluster import Cluster, survey
 from llmft_core.train.job import Job
@@ -67,6 +67,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     plan = placed[0] if placed else plan
     places = Places(catalog, plan.storage, plan.backends)
     problems += storage_problems(plan, places)
+    problems += sharing_problems(plan, cluster, catalog)
     dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
     model = _attempt(lambda: stage_model(plan, catalog, places, weights=False), "model", problems)
     tokenizer: Any = None

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from llmft_core.report.trackers import Trackers
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
-from llmft_core.train.cluster import Cluster, on_each_node, start, termination_as_interrupt
+from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
 from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
 
 
@@ -69,15 +70,32 @@ def stage(ready: Ready, cluster: Cluster) -> tuple[Job, dict[str, dict[str, str]
 
     # A Ray of our own is this machine: what its one node needs lies in its cache already.
     files = [] if cluster.address == "local" else [ray.put(shipped(ready.job))]
-    staged = on_each_node(cluster, stage_on_node, ready.plan.to_json(), keys_of(ready.job), files)
+    args = (ready.plan.to_json(), keys_of(ready.job), files)
+    if ready.plan.weights.share and len(cluster.working) > 1:
+        staged = stage_shared(cluster, args, stage_on_node)
+    else:
+        staged = on_each_node(cluster, stage_on_node, *args)
     return ready.job, {node.id: folders for node, folders in staged.items()}
 
 
-def stage_on_node(plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any]) -> dict[str, str]:
+def stage_shared(cluster: Cluster, args: tuple[Any, ...], function: Callable[..., Any]) -> dict[Node, Any]:
+    """As `on_each_node`, where the nodes take the weights from each other: `function` gets its node's `Sharer` too."""
+    nodes = cluster.working
+    with sharing([(node.id, node.host) for node in nodes]) as sharers:
+        collected({nodes[0]: sharers[0].hold.remote()})
+        refs = [sharer.stage.remote(sharers, function, *args) for sharer in sharers]
+        staged = collected(dict(zip(nodes, refs, strict=True)))
+    check_same({node.host: copy for node, (_, copy) in staged.items()})
+    return {node: result for node, (result, _) in staged.items()}
+
+
+def stage_on_node(
+    plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any], sharer: Sharer | None = None
+) -> dict[str, str]:
     """Runs on a node: fetch the weights into its cache, and the prepared data unless it is there."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
-    model = stage_model(plan, catalog, Places(catalog, plan.storage, plan.backends), weights=True)
+    model = stage_model(plan, catalog, Places(catalog, plan.storage, plan.backends), weights=True, sharer=sharer)
     folders = {"model": str(model.path)}
     for name, key in keys.items():
         folder = cache_folder() / key

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from llmft_core.errors import ChangedMeanwhile, LlmftError
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress, Task, Transfer
@@ -27,6 +28,24 @@ class DiskError(LlmftError):
     """The local disk refuses: full, not permitted, gone."""
 
 
+class Exchange(Protocol):
+    """Other nodes that fetch the same files at this moment: each brings some of the chunks from the store, for all.
+    Called from any thread."""
+
+    def opened(self, target: Path, version: str, handle: int, there: int) -> None:
+        """The file grows behind this handle, which lives until it is complete; its first `there` bytes are there."""
+
+    def is_brought(self, target: Path, start: int) -> bool:
+        """Whether another node brings the chunk at byte `start`."""
+
+    def read_into(self, target: Path, version: str, start: int, buffer: memoryview) -> bool:
+        """Fills the buffer from the node that brings it, from exactly this version; False where it does not have it
+        yet, after a moment of waiting. Raises LlmftError naming the node."""
+
+    def arrived(self, target: Path, start: int) -> None:
+        """The chunk at byte `start` is in the file, wherever it came from."""
+
+
 @dataclass
 class _File:
     """One file on its way."""
@@ -35,6 +54,7 @@ class _File:
     target: Path
     expected: str | None  # SHA-256, hex
     transfer: Transfer
+    exchange: Exchange | None = None
     source: Source | None = None
     partial: Partial | None = None
     digest: OrderedHash | None = None
@@ -63,6 +83,8 @@ class _File:
         self.partial = Partial(self.target, self.size, chunk, origin)
         self.digest = OrderedHash(self.partial.handle, self.partial.note)
         there = self._resume(self.partial, self.digest) if self.partial.points else 0
+        if self.exchange is not None:
+            self.exchange.opened(self.target, source.version, self.partial.handle, there)
         missing = range(-(-there // chunk), -(-self.size // chunk))
         self.left = len(missing)
         if not missing:
@@ -89,20 +111,32 @@ class _File:
         start = index * chunk
         length = min(chunk, self.size - start)
 
-        def request() -> bytearray:
+        brought = self.exchange is not None and self.exchange.is_brought(self.target, start)
+
+        def request() -> bytearray | None:
             # The request takes the memory itself, so that one which is given up does not write into another's.
             buffer = self.transfer.take()
+            data, there = memoryview(buffer)[:length], True
             try:
-                source.read_into(start, memoryview(buffer)[:length])
+                if brought and self.exchange is not None:
+                    there = self.exchange.read_into(self.target, source.version, start, data)
+                else:
+                    source.read_into(start, data)
             except BaseException:
                 self.transfer.give(buffer)
                 raise
-            return buffer
+            if not there:
+                self.transfer.give(buffer)
+            return buffer if there else None
 
-        buffer = self.transfer.ask(self.place, request)
+        while (buffer := self.transfer.ask(self.place, request)) is None:  # until the deadline
+            if self.transfer.stopped:
+                raise LlmftError(f"{self.place.uri}: given up, after another error")
         try:
             data = memoryview(buffer)[:length]
             self.partial.write(index, data)
+            if self.exchange is not None:
+                self.exchange.arrived(self.target, start)
             self.digest.add(start, data)
         finally:
             self.transfer.give(buffer)
@@ -139,11 +173,12 @@ def download_files(
     deadline: float | None = None,
     progress: Progress | None = None,
     done: FileDone | None = None,
+    exchange: Exchange | None = None,
 ) -> list[str]:
     """See `transfer.download_many`; `free_bytes` tells how much room there is for a file."""
     transfer = Transfer(budget, progress, deadline)
     telling = threading.Lock()
-    given = [_File(place, target, expected, transfer) for place, target, expected in files]
+    given = [_File(place, target, expected, transfer, exchange) for place, target, expected in files]
     transfer.each(file.look for file in given)
     longest_first = sorted(given, key=lambda file: -file.size)
     transfer.expect(sum(file.size for file in given))

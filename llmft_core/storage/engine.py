@@ -72,6 +72,11 @@ class Transfer:
         self._stop.clear()
         self._bytes_done = done
 
+    @property
+    def stopped(self) -> bool:
+        """Whether an error, or Ctrl-C, ends this transfer."""
+        return self._stop.is_set()
+
     def moved(self, size: int) -> None:
         """So many bytes more are where they belong."""
         with self._telling:

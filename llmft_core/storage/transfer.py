@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from llmft_core.errors import InputError
-from llmft_core.storage.downloads import download_files
+from llmft_core.storage.downloads import Exchange, download_files
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress
 from llmft_core.storage.faults import attempt
 from llmft_core.storage.objects import fetch, info, modified, version_of
@@ -130,6 +130,7 @@ def download_many(
     deadline: float | None = None,
     progress: Progress | None = None,
     done: FileDone | None = None,
+    exchange: Exchange | None = None,
 ) -> list[str]:
     """Copies files to local paths, whose folders are made where needed; returns their SHA-256 (hex) in the same order.
 
@@ -138,9 +139,9 @@ def download_many(
     continued by the next download of the same file to the same path, in another process too. After a full disk, a
     wrong hash or a change at the source nothing stays. `deadline`: seconds for all (default: 2 minutes, and a second
     for each MiB). Raises LlmftError for the first file that fails, once the requests in flight have ended; `done` has
-    been called by then with each file that is complete.
+    been called by then with each file that is complete. `exchange`: other nodes that fetch the same files now.
     """
-    return download_files(files, lambda path: free_bytes(path), budget, deadline, progress, done)
+    return download_files(files, lambda path: free_bytes(path), budget, deadline, progress, done, exchange)
 
 
 def upload(source: Path, place: Place) -> str:

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from llmft_core.errors import InputError, LlmftError, Problem, Problems
 from llmft_core.plan import RunPlan
+from llmft_core.weights.share import PeerFailed
 
 LOOPBACK = "127.0.0.1"
 ANSWER_SECONDS = 5.0
@@ -38,6 +39,11 @@ class Cluster:
     nodes: tuple[Node, ...]
     bf16: bool = True
     """Whether its GPUs compute in bf16, as far as this process can see; ranks look for themselves."""
+
+    @property
+    def working(self) -> tuple[Node, ...]:
+        """The nodes that could get a worker."""
+        return tuple(node for node in self.nodes if node.cpus or node.gpus)
 
     @property
     def gpus(self) -> int:
@@ -170,25 +176,34 @@ def _nodes() -> tuple[Node, ...]:
 def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> dict[Node, Any]:
     """Run a function once on every node that could get a worker, in parallel; its result by node.
 
-    Raises the function's own LlmftError, or Problems' kin with the host's name where llmft itself is missing there.
+    Raises the function's own LlmftError, with the host's name, or one that says what is missing there.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0)(function)
-    refs = {
-        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(*args)
-        for node in cluster.nodes
-        if node.cpus or node.gpus
-    }
-    results, failed = {}, []
+    return collected(
+        {
+            node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(*args)
+            for node in cluster.working
+        }
+    )
+
+
+def collected(refs: Mapping[Node, Any]) -> dict[Node, Any]:
+    """The results of what runs on nodes. Raises LlmftError with the host's name, once all have ended; of several the
+    first one that no other node's failure explains."""
+    import ray
+
+    results: dict[Node, Any] = {}
+    failed: list[LlmftError] = []
     for node, ref in refs.items():  # all of them, also after one that failed: what the others fetch is kept for later
         try:
             results[node] = ray.get(ref)
         except ray.exceptions.RayError as error:
             failed.append(_failure(node, error))
     if failed:
-        raise failed[0]
+        raise min(failed, key=lambda error: isinstance(error, PeerFailed))
     return results
 
 
@@ -201,7 +216,8 @@ def _failure(node: Node, error: Exception) -> LlmftError:
         if isinstance(cause, Problems):
             return Problems([Problem(f"node {node.host}", str(problem)) for problem in cause.problems])
         if isinstance(cause, LlmftError):
-            return (InputError if isinstance(cause, InputError) else LlmftError)(f"node {node.host}: {cause}")
+            kind = type(cause) if isinstance(cause, PeerFailed) else LlmftError
+            return (InputError if isinstance(cause, InputError) else kind)(f"node {node.host}: {cause}")
         return LlmftError(f"node {node.host}: {last_line(str(error))}: is the same llmft installed there?")
     return LlmftError(
         f"node {node.host}: it was lost ({last_line(str(error))}): is it still up? Start again: what the other nodes "

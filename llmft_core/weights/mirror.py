@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmft_core.storage.engine import Progress
     from llmft_core.storage.places import Place
     from llmft_core.weights.manifest import Manifest
+    from llmft_core.weights.share import Sharer
 
 CACHE_MANIFEST = "manifest.json"
 """In each folder of the cache, written by us: where its files come from, and their bytes and SHA-256."""
@@ -91,14 +92,15 @@ def mirror(
     source: Source | None = None,
     model: str = "",
     progress: Progress | None = None,
+    sharer: Sharer | None = None,
 ) -> Path:
     """Fetch the wanted files of a folder into the cache, unless they are there. Returns the node-local folder.
 
     The folder's key holds the URI, the wanted files' sizes and what its manifest, else the store says of their content:
     what is overwritten at the source gets a new folder, and one that a running job maps is never touched. A file in the
     cache that was cut or changed since is fetched again. `source`: what `look` said; `model`: the hub id, for
-    `llmft weights list`. Raises InputError where nothing wanted is there, LlmftError where a file is not what the
-    source's manifest says.
+    `llmft weights list`; `sharer`: this node's end of an exchange with others. Raises InputError where nothing wanted
+    is there, LlmftError where a file is not what the source's manifest says.
     """
     source = source or look(place, origin)
     sizes = {name: size for name, size in sorted(source.sizes.items()) if wanted(name)}
@@ -117,10 +119,12 @@ def mirror(
     with locked(folder):
         if folder.is_dir():
             if _verified(folder, sizes):
+                if sharer is not None:
+                    sharer.begin(folder, folder, sizes, missing=[])
                 return folder
             shutil.rmtree(partial, ignore_errors=True)
             os.replace(folder, partial)  # somebody removed, cut or changed a file in the cache; the others stay
-        _fetch_all(place, partial, sizes, promised, described, progress)
+        _fetch_all(place, partial, sizes, promised, described, progress, sharer)
         os.replace(partial, folder)
     return folder
 
@@ -132,6 +136,7 @@ def _fetch_all(
     promised: dict[str, str],
     described: dict[str, Any],
     progress: Progress | None,
+    sharer: Sharer | None,
 ) -> None:
     """Into a folder that keeps what is complete, and half of what is large, so that a second attempt goes on where the
     first one ended. LlmftError where a file is not what was listed or promised."""
@@ -152,8 +157,13 @@ def _fetch_all(
         _write_manifest(partial, {**described, "files": done})
 
     missing = [name for name, size in sizes.items() if not _is_there(partial, name, size, done)]
+    if sharer is not None:
+        sharer.begin(partial.with_name(partial.name.removesuffix(".partial")), partial, sizes, missing)
     download_many(
-        [(place / name, partial / name, promised.get(name)) for name in missing], done=note, progress=progress
+        [(place / name, partial / name, promised.get(name)) for name in missing],
+        done=note,
+        progress=progress,
+        exchange=sharer,
     )
 
 

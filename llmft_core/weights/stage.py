@@ -23,6 +23,7 @@ from llmft_core.weights.mirror import locked, look, mirror
 if TYPE_CHECKING:
     from llmft_core.storage.engine import Progress
     from llmft_core.storage.places import Place, Places
+    from llmft_core.weights.share import Sharer
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,34 @@ class ModelFolder:
 
 
 def stage_model(
-    plan: RunPlan, catalog: Catalog, places: Places, *, weights: bool, progress: Progress | None = None
+    plan: RunPlan,
+    catalog: Catalog,
+    places: Places,
+    *,
+    weights: bool,
+    progress: Progress | None = None,
+    sharer: Sharer | None = None,
 ) -> ModelFolder:
     """Fetch or make what `plan.model.name` names: a short name, a hub id, a folder or a URI. What would come from the
     hub comes from `plan.weights.mirror` where that is set.
 
     Without `weights` only config and tokenizer are fetched; that there are weights is checked all the same. Safe to
-    call from several processes of a node at once. Raises InputError naming what is missing and what to do.
+    call from several processes of a node at once. `sharer`: this node's end of an exchange with others. Raises
+    InputError naming what is missing and what to do.
     """
     name = plan.model.name
     family = family_of_name(name, catalog)
     repository = hub_repository(name, catalog)
     if repository and plan.weights.mirror:
         place = find_model(_mirror_place(plan.weights.mirror, places), repository, name)
-        path, digest = _from_place(place, f"model {name}", repository, weights, progress)
+        path, digest = _from_place(place, f"model {name}", repository, weights, progress, sharer)
     elif repository:
         path, digest = _from_hub(repository, weights)
     elif family is not None:
         path, digest = _built(family, name)
     elif "://" in name:
         place = places.place(name)
-        path, digest = _from_place(place, f"model {name}", "", weights, progress)
+        path, digest = _from_place(place, f"model {name}", "", weights, progress, sharer)
     elif (folder := Path(name).expanduser()).is_dir():
         path, digest = folder.absolute(), ""
     else:
@@ -68,6 +76,14 @@ def stage_model(
     if weights or not digest:
         check_complete(path, name)
     return ModelFolder(path, family or family_for(config, name, catalog), config, digest or identity(path))
+
+
+def comes_from_place(plan: RunPlan, catalog: Catalog) -> bool:
+    """Whether the model lies in a mirror or at a URI."""
+    name = plan.model.name
+    if hub_repository(name, catalog):
+        return bool(plan.weights.mirror)
+    return family_of_name(name, catalog) is None and "://" in name
 
 
 def hub_repository(name: str, catalog: Catalog) -> str:
@@ -124,7 +140,7 @@ def _mirror_place(uri: str, places: Places) -> Place:
 
 
 def _from_place(
-    place: Place, origin: str, repository: str, weights: bool, progress: Progress | None
+    place: Place, origin: str, repository: str, weights: bool, progress: Progress | None, sharer: Sharer | None
 ) -> tuple[Path, str]:
     source = look(place, origin)
     if "config.json" not in source.sizes and "refs/main" in source.sizes and (found := snapshot(place)) is not None:
@@ -132,7 +148,7 @@ def _from_place(
     if source.sizes:
         check_weights(source.sizes, origin.removeprefix("model "))
     wanted = is_model_file if weights else is_small_file
-    path = mirror(place, origin, wanted, source=source, model=repository, progress=progress)
+    path = mirror(place, origin, wanted, source=source, model=repository, progress=progress, sharer=sharer)
     if digest := source.digest():
         return path, digest
     facts = {name: (size, source.versions[name]) for name, size in source.sizes.items() if is_model_file(name)}

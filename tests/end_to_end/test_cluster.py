@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from command import Answer, llmft, llmft_path
-from fault_proxy import Proxy, fault_proxy
+from fault_proxy import Fault, Proxy, fault_proxy
 from servers import S3Server
 
 TINY = ("--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "16", "--max-steps", "2")
@@ -130,6 +131,57 @@ def test_each_node_fetches_the_weights_once_and_never_again(
     again = cluster.run(*flags, "--name", "again", folder=tmp_path)
     assert again.code == 0, again.err
     assert gets(proxy)["model.safetensors"] == 0
+
+
+def test_nodes_that_share_fetch_each_byte_once_together_and_find_a_damaged_one(
+    cluster: ThreeNodes, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    mirrored(cluster, s3_server, "owner/shared", tmp_path)
+
+    def reads_weights(head: bytes) -> bool:
+        return head.startswith(b"GET ") and b"owner--shared/model.safetensors" in head
+
+    proxy.faults.append(Fault(reads_weights, flip_answer=1000))
+    code, said = stage_shared(cluster, f"s3://{s3_server.bucket}/cluster/owner--shared", proxy.url, folder=tmp_path)
+    assert code == 1
+    assert "node" in said
+    assert "model.safetensors" in said, "one node brings it, and what it brings is verified on both"
+    assert not [path for cache in cluster.caches for path in cache.rglob("owner--shared*/model.safetensors")]
+    assert s3_server.folder is not None
+    source = s3_server.folder / "cluster" / "owner--shared"
+    files = {path.name: path.read_bytes() for path in source.iterdir() if path.name != "manifest.json"}
+    proxy.heads.clear()
+    before = proxy.answered
+    flags = from_mirror(s3_server, proxy, "owner/shared")
+    answer = cluster.run(*flags, "--weights.share", "--name", "shared", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert gets(proxy)["model.safetensors"] == 1, "the file is smaller than a chunk: one node brings it"
+    assert proxy.answered - before < 1.3 * sum(map(len, files.values())), "config and tokenizer go to the driver too"
+    for cache in cluster.caches:
+        (folder,) = (path for path in cache.glob("mirror/owner--shared-*") if path.is_dir())
+        assert {name: (folder / name).read_bytes() for name in files} == files
+
+
+def stage_shared(cluster: ThreeNodes, model: str, url: str, *, folder: Path) -> tuple[int, str]:
+    """The staging of a run alone, in a driver of its own; its exit code and its error."""
+    script = """
+import sys
+from llmft_core import LlmftError, run
+from llmft_core.plan import RunPlan
+from llmft_core.train.cluster import _connected
+address, model, url = sys.argv[1:]
+backends = {"s3": {"endpoint-url": url}}
+plan = RunPlan.model_validate({"model": model, "strategy": "ddp", "backends": backends})
+try:
+    run.stage_shared(_connected(address, debug=False), (plan.to_json(), {}, []), run.stage_on_node)
+except LlmftError as error:
+    sys.exit(str(error))
+"""
+    command = [sys.executable, "-c", script, cluster.address, model, url]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **cluster.environment}, stderr=subprocess.PIPE, text=True, timeout=240
+    )
+    return done.returncode, done.stderr.strip()
 
 
 def gets(proxy: Proxy) -> Counter[str]:
