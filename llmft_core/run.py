@@ -19,16 +19,19 @@ from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import cluster_problems
 from llmft_core.prepare import Ready, keys_of, make_ready, shipped
+from llmft_core.report import words
 from llmft_core.report.keeper import Keeper
 from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
+from llmft_core.report.transfers import transfer_bar
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
+from llmft_core.train.mailbox import Mailbox, MailReader
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
@@ -47,7 +50,7 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
             problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
             if problems:
                 raise Problems(problems)
-            job, folders = stage(ready, cluster)
+            job, folders = stage(ready, cluster, view)
             return train(replace(ready, cluster=cluster, job=job), folders, view)
     finally:
         stop(cluster)
@@ -61,20 +64,35 @@ def show_head(ready: Ready, view: LiveView) -> None:
         view.warn(text)
 
 
-def stage(ready: Ready, cluster: Cluster) -> tuple[Job, dict[str, dict[str, str]]]:
+def stage(ready: Ready, cluster: Cluster, view: LiveView) -> tuple[Job, dict[str, dict[str, str]]]:
     """Weights and data onto every node, once a node. Returns the job with this node's folders, and all by node id."""
     if cluster.address == "":
-        model = stage_model(ready.plan, ready.catalog, ready.places, weights=True)
+        with transfer_bar("weights", view.console) as bar:
+            model = stage_model(ready.plan, ready.catalog, ready.places, weights=True, progress=bar)
         return replace(ready.job, model=model.path), {}
     import ray
 
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    moved: dict[str, tuple[int, int]] = {}  # node → bytes done, bytes in all
+
     # A Ray of our own is this machine: what its one node needs lies in its cache already.
     files = [] if cluster.address == "local" else [ray.put(shipped(ready.job))]
-    args = (ready.plan.to_json(), keys_of(ready.job), files)
-    if ready.plan.weights.share and len(cluster.working) > 1:
-        staged = stage_shared(cluster, args, stage_on_node)
-    else:
-        staged = on_each_node(cluster, stage_on_node, *args)
+    args = (ready.plan.to_json(), keys_of(ready.job), files, mailbox)
+    with transfer_bar(f"weights to {words.counted(len(cluster.working), 'node')}", view.console) as bar:
+
+        def show(event: dict[str, Any]) -> None:
+            moved[event["node"]] = (event["done"], event["total"])
+            bar(*map(sum, zip(*moved.values(), strict=True)))
+
+        reader = MailReader(mailbox, show)
+        reader.start()
+        try:
+            if ready.plan.weights.share and len(cluster.working) > 1:
+                staged = stage_shared(cluster, args, stage_on_node)
+            else:
+                staged = on_each_node(cluster, stage_on_node, *args)
+        finally:
+            reader.finish()
     return ready.job, {node.id: folders for node, folders in staged.items()}
 
 
@@ -90,12 +108,13 @@ def stage_shared(cluster: Cluster, args: tuple[Any, ...], function: Callable[...
 
 
 def stage_on_node(
-    plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any], sharer: Sharer | None = None
+    plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any], mailbox: Any, sharer: Sharer | None = None
 ) -> dict[str, str]:
     """Runs on a node: fetch the weights into its cache, and the prepared data unless it is there."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
-    model = stage_model(plan, catalog, Places(catalog, plan.storage, plan.backends), weights=True, sharer=sharer)
+    places = Places(catalog, plan.storage, plan.backends)
+    model = stage_model(plan, catalog, places, weights=True, progress=telling(mailbox), sharer=sharer)
     folders = {"model": str(model.path)}
     for name, key in keys.items():
         folder = cache_folder() / key
@@ -123,6 +142,21 @@ def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView
     with Lease(target, view.warn):
         claim(target, (json.dumps(described, indent=2) + "\n").encode())
         return follow(ready, folders, target, view)
+
+
+def telling(mailbox: Any) -> Callable[[int, int], None]:
+    """What tells the driver, once a second, how far this node's transfer is."""
+    import ray
+
+    node, told = ray.get_runtime_context().get_node_id(), 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told >= 1:
+            told = time.monotonic()
+            mailbox.put.remote({"node": node, "done": done, "total": total})
+
+    return progress
 
 
 def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place, view: LiveView) -> Outcome:

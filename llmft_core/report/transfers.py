@@ -15,7 +15,8 @@ from llmft_core.report.live import LINE_EVERY_SECONDS
 
 @contextmanager
 def transfer_bar(what: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Yields what `storage.transfer` takes as `progress`: called with the bytes done and the bytes in all."""
+    """Yields what `storage.transfer` takes as `progress`: called with the bytes done and the bytes in all. Nothing is
+    shown before the first call: where all is there already, there is nothing to see."""
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     began = last_line = time.monotonic()
     bar = Progress(
@@ -31,6 +32,7 @@ def transfer_bar(what: str, console: Console | None = None) -> Iterator[Callable
 
     def show(done: int, total: int) -> None:
         nonlocal last_line
+        bar.start()
         bar.update(task, completed=done, total=total)
         now = time.monotonic()
         if not console.is_terminal and (done == total or now - last_line >= LINE_EVERY_SECONDS):
@@ -41,5 +43,7 @@ def transfer_bar(what: str, console: Console | None = None) -> Iterator[Callable
                 f"{what}: {words.size(done)} of {words.size(total)} · {words.size(rate)}/s{left}", markup=False
             )
 
-    with bar:
+    try:
         yield show
+    finally:
+        bar.stop()

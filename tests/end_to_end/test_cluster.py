@@ -172,8 +172,11 @@ from llmft_core.train.cluster import _connected
 address, model, url = sys.argv[1:]
 backends = {"s3": {"endpoint-url": url}}
 plan = RunPlan.model_validate({"model": model, "strategy": "ddp", "backends": backends})
+found = _connected(address, debug=False)
+import ray
+mailbox = ray.remote(num_cpus=0)(run.Mailbox).remote()
 try:
-    run.stage_shared(_connected(address, debug=False), (plan.to_json(), {}, []), run.stage_on_node)
+    run.stage_shared(found, (plan.to_json(), {}, [], mailbox), run.stage_on_node)
 except LlmftError as error:
     sys.exit(str(error))
 """
