@@ -51,13 +51,17 @@ def summary(outcome: Outcome) -> list[str]:
     uri = outcome.checkpoints[-1]["uri"]
     question = "Tom has 3 apples and buys 4 more. How many apples does he have now?"
     command = ["llmft", "generate", *access_flags(outcome.storage), uri, question]
-    folder = uri if "://" not in uri else "a local copy of it"
+    folder, fetch = uri, []
+    if "://" in uri:
+        folder = f"./{uri.rpartition('/')[2]}"
+        fetch = [f"fetch it: {shlex.join(['llmft', 'checkpoint', 'pull', *access_flags(outcome.storage), uri, folder])}"]
     return [
         *lines,
         f"last checkpoint: {uri}",
         "",
-        f"ask it:  {shlex.join(command)}",
-        f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})",
+        f"ask it:   {shlex.join(command)}",
+        *fetch,
+        f"load it:  transformers.AutoModelForCausalLM.from_pretrained({folder!r})",
     ]
 
 
