@@ -50,11 +50,12 @@ def summary(outcome: Outcome) -> list[str]:
         lines.append(f"best checkpoint: {outcome.best['uri']} (evaluation loss {loss:.4f})")
     uri = outcome.checkpoints[-1]["uri"]
     question = "Tom has 3 apples and buys 4 more. How many apples does he have now?"
-    command = ["llmft", "generate", *access_flags(outcome.storage), uri, question]
+    reach = access_flags(outcome.storage)
+    command = ["llmft", "generate", *reach, uri, question]
     folder, fetch = uri, []
     if "://" in uri:
         folder = f"./{uri.rpartition('/')[2]}"
-        fetch = [f"fetch it: {shlex.join(['llmft', 'checkpoint', 'pull', *access_flags(outcome.storage), uri, folder])}"]
+        fetch = [f"fetch it: {shlex.join(['llmft', 'checkpoint', 'pull', *reach, uri, folder])}"]
     return [
         *lines,
         f"last checkpoint: {uri}",
