@@ -175,8 +175,8 @@ def _failed(name: str, error: LlmftError) -> Finding:
 def _create(place: Place) -> Finding:
     """Whether a second writer of one name is turned away."""
     follows = (
-        "two runs that are started under one name at once are not kept apart: give every run a --name of its own, or "
-        "none (the default has the time in it)"
+        "two runs that are started under one name in the same moment are kept apart only by a lease that each reads "
+        "back after a second: give every run a --name of its own, or none (the default has the time in it)"
     )
     if not place.backend.creates_exclusively:
         return Finding("note", "create", f"storage {place.backend.name} has no create-if-absent: {follows}")

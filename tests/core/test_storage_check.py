@@ -78,7 +78,7 @@ def test_all_is_well(
         # rclone and the emulator of Google are known to ignore the condition of a conditional write
         state = "note" if step == "create" and server in ("rclone", "gcs") else "ok"
         assert lines[step].split()[0] == state, lines[step]
-    assert ("not kept apart" in lines["create"]) == (server in ("rclone", "gcs"))
+    assert ("kept apart only by a lease" in lines["create"]) == (server in ("rclone", "gcs"))
     if left is None:
         assert not Path("new").exists()
     else:
