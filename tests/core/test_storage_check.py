@@ -141,7 +141,9 @@ def test_ctrl_c_leaves_nothing(s3_server: S3Server, monkeypatch: pytest.MonkeyPa
         command = [
             sys.executable,
             "-c",
-            "import sys; from llmft_core.cli.main import main; sys.exit(main(sys.argv[1:]))",
+            # where the tests run in the background of a shell, SIGINT is ignored, and children inherit that
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from llmft_core.cli.main import main; sys.exit(main(sys.argv[1:]))",
         ]
         process = subprocess.Popen(
             [*command, "storage", "check", *flags], stderr=subprocess.PIPE, text=True, env={**os.environ}
