@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,8 +100,7 @@ def serve(upstream: str, rate: float) -> None:
     with fault_proxy(upstream) as proxy:
         proxy.upload_rate = rate
         print(proxy.url, flush=True)
-        while True:
-            time.sleep(60)
+        signal.pause()  # until it is terminated
 
 
 def make_model(folder: Path, layers: int) -> None:

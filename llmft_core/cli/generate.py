@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,12 @@ def answer(folder: Path, args: argparse.Namespace) -> str:
     if room < 1:
         raise InputError(f"the prompt has {ids.shape[1]} tokens, the model {longest} positions: shorten the prompt")
     new_tokens = int(min(args.max_new_tokens, room))  # beyond its positions a model answers nonsense, or fails
+    if new_tokens < args.max_new_tokens:
+        print(
+            f"warning: the answer has at most {new_tokens} tokens, not {args.max_new_tokens}: the model has {longest} "
+            f"positions, the prompt takes {ids.shape[1]}",
+            file=sys.stderr,
+        )
     settings: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": new_tokens}
     if args.temperature > 0:
         settings["temperature"] = args.temperature

@@ -53,8 +53,9 @@ def holder_of(run: Place) -> Holder | None:
 
 
 def interrupt() -> None:
-    """Stop this process as Ctrl-C does."""
-    signal.raise_signal(signal.SIGINT)
+    """Stop this process cleanly, from any thread: SIGTERM, because SIGINT may be ignored (`llmft run … &`), and sent to
+    the process rather than to this thread, so that it wakes the main one."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Lease:

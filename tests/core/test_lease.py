@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers import S3Server
@@ -17,6 +19,7 @@ from llmft_core.loading import load_plugins
 from llmft_core.storage import lease as module
 from llmft_core.storage.lease import NAME, TTL, Lease, holder_of
 from llmft_core.storage.places import Place, Places
+from llmft_core.train.cluster import termination_as_interrupt
 
 
 @pytest.fixture
@@ -59,12 +62,28 @@ def test_a_stale_one_is_taken_over_and_its_holder_stops(run: Place) -> None:
 def test_it_is_renewed(run: Place) -> None:
     with Lease(run, pytest.fail, every=0.01):
         age(run, 200)
-        for _ in range(1000):
-            holder = holder_of(run)
-            if holder is not None and holder.age < 100:
-                return
+        deadline = time.monotonic() + 60
+        while (holder := holder_of(run)) is not None and holder.age > 100 and time.monotonic() < deadline:
             threading.Event().wait(0.01)
-    pytest.fail("nobody renewed it")
+        assert holder is not None
+        assert holder.age < 100, "nobody renewed it"
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_lost_lease_stops_the_run_also_where_ctrl_c_is_ignored(ctrl_c: Any) -> None:
+    """Shells start background programs with SIGINT ignored. The thread that finds out is not the main one."""
+
+    def run_until_stopped() -> None:
+        with termination_as_interrupt():
+            threading.Thread(target=module.interrupt).start()
+            threading.Event().wait(60)
+
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_until_stopped()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_no_lease_is_said(run: Place) -> None:
