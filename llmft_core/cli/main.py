@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from llmft_core.cli import checkpoint, doctor, generate, plan, plugins, run, storage, weights
+from llmft_core.cli import checkpoint, dataset, doctor, generate, plan, plugins, run, storage, weights
 from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, close_match, one_line
 
 DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models on a Ray cluster."
@@ -65,6 +65,7 @@ def dispatch(argv: list[str]) -> int:
         "plan": plan.run_command,
         "generate": generate.run_command,
         "checkpoint": checkpoint.run_command,
+        "dataset": dataset.run_command,
         "weights": weights.run_command,
         "storage": storage.run_command,
     }
@@ -82,6 +83,7 @@ def dispatch(argv: list[str]) -> int:
     commands.add_parser("plan", help="say what `llmft run` with the same flags would do, and train nothing")
     commands.add_parser("generate", help="answer a prompt from a checkpoint")
     commands.add_parser("checkpoint", help="list, show, verify, fetch, upload and remove checkpoints in storage")
+    commands.add_parser("dataset", help="create, check, preview and measure datasets")
     commands.add_parser("weights", help="fetch, mirror, list and verify pretrained models")
     commands.add_parser("storage", help="check a bucket or folder for runs: permissions, speed, clock")
     for module in (plugins, doctor):
