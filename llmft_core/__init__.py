@@ -27,6 +27,7 @@ from llmft_core.values import (
     ModelSize,
     Origin,
     Placement,
+    Role,
     RowProblem,
     StepOutcome,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Problems",
     "RangedReads",
     "ReadElements",
+    "Role",
     "RowProblem",
     "SourceOptions",
     "Split",

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llmft_core.errors import Problem
 from llmft_core.options import Options
-from llmft_core.values import Conversation, ModelSize, Placement, RowProblem, StepOutcome
+from llmft_core.values import Conversation, ModelSize, Placement, Role, RowProblem, StepOutcome
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +56,15 @@ class SourceOptions(Options):
 class DatasetFormat(Extension, ABC):
     """How rows become conversations. The core owns sources, line numbers, error reports, tokens and caches."""
 
-    special_tokens: ClassVar[tuple[str, ...]] = ()
-    """Tokens this format writes as `opening` or `closing`; each becomes one id of the tokenizer."""
-    hub_files: ClassVar[Mapping[Split, str]] = {}
+    special_tokens: tuple[str, ...] = ()
+    """Tokens this format writes as `opening` or `closing`; each becomes one id of the tokenizer, in this order."""
+    roles: tuple[Role, ...] = ()
+    """The roles its rows may have, where it knows them all beforehand: `--data.train-on` is checked against them
+    before a row is read, and the chat template of a checkpoint knows them all. Empty: the first row shows its roles."""
+    companions: ClassVar[Mapping[str, str]] = {}
+    """Small files that say how rows are read: name beside the rows → the option that names a file elsewhere
+    (`{"tokens.json": "tokens"}`)."""
+    hub_files: Mapping[Split, str] = {}
     """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`), where there is one."""
     hub_id: ClassVar[str] = ""
     """The hub repository that is read when no source is given."""
@@ -66,6 +72,12 @@ class DatasetFormat(Extension, ABC):
     @abstractmethod
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
         """A conversation, or what is wrong with the row. Messages that should be trained by default say so."""
+
+    def read_companion(self, name: str, content: bytes) -> None:
+        """Take in one of its `companions`: called once for each, before any row is parsed and before `special_tokens`
+        and `roles` are looked at, both of which it may set on the instance. The instance is pickled as it then is.
+        Raises InputError with what is wrong in it, without the file's name, which the core puts before it."""
+        raise TypeError(f"dataset format {self.name} names {name} as a companion, but does not read it")
 
     def generate(self, split: Split) -> Iterator[dict[str, Any]] | None:
         """Rows that are made up rather than read (deterministically from the options), or None: read the source."""
@@ -317,6 +329,12 @@ class ModelFamily(Extension, ABC):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder)
+
+    def chat_template(self, tokenizer: Any) -> str:
+        """The Jinja template of this model's chats, for rows that bring no tokens of their own; by default the
+        tokenizer's own. Empty where there is none."""
+        template = getattr(tokenizer, "chat_template", None)
+        return str((template.get("default") if isinstance(template, Mapping) else template) or "")
 
 
 # --- methods ------------------------------------------------------------------------------------------------------

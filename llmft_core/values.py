@@ -29,9 +29,27 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row as a dialogue: its messages in order."""
+    """A row as a dialogue: its messages in order.
+
+    `template`: to be written in the model's own chat template, so its messages have no tokens of their own. `starts`:
+    it begins as it should, with a token of its own or without, so no beginning-of-sequence token is put before it.
+    """
 
     messages: tuple[Message, ...]
+    template: bool = False
+    starts: bool = False
+
+
+@dataclass(frozen=True)
+class Role:
+    """Who speaks in the rows of a format, and the tokens around what is said. `trained`: unless the plan says
+    otherwise. `served_as` is what servers call it in a chat: system, user or assistant; empty: by its name alone."""
+
+    name: str
+    opening: str = ""
+    closing: str = ""
+    trained: bool = False
+    served_as: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from llmft_core import Conversation, DatasetFormat, Message, RowProblem
+from llmft_core import Conversation, DatasetFormat, Message, Role, RowProblem
+from llmft_plugins.datasets.fields import wrong_fields, wrong_text
 
 FIELDS = ("question", "answer")
+USER = Role("user", "<START_Q>", "<END_Q>", served_as="user")
+ASSISTANT = Role("assistant", "<START_A>", "<END_A>", trained=True, served_as="assistant")
 
 
 class QuestionAnswer(DatasetFormat):
     """A question that is read and an answer that is learnt, each between two special tokens."""
 
-    special_tokens: ClassVar[tuple[str, ...]] = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
+    special_tokens = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
+    roles = (USER, ASSISTANT)
 
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
+        if problem := wrong_fields(row, FIELDS):
+            return problem
         for field in FIELDS:
-            if field not in row:
-                return RowProblem(field, f"is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
-            if not isinstance(row[field], str):
-                return RowProblem(field, f"is {type(row[field]).__name__}, not text")
-            if not row[field].strip():
-                return RowProblem(field, "is empty")
-        unknown = [str(key) for key in row if key not in FIELDS]
-        if unknown:
-            return RowProblem(unknown[0], f"is unknown; a row has {' and '.join(FIELDS)}, nothing else")
+            if problem := wrong_text(row[field], field):
+                return problem
         return Conversation(
-            (
-                Message("user", row["question"], trained=False, opening="<START_Q>", closing="<END_Q>"),
-                Message("assistant", row["answer"], trained=True, opening="<START_A>", closing="<END_A>"),
+            tuple(
+                Message(role.name, row[field], role.trained, role.opening, role.closing)
+                for role, field in zip(self.roles, FIELDS, strict=True)
             )
         )

@@ -1,0 +1,26 @@
+"""What all formats say of a row whose fields are not what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmft_core import RowProblem
+
+
+def wrong_fields(row: Mapping[str, Any], fields: Sequence[str]) -> RowProblem | None:
+    """The first field that is missing, or unknown; None where the row has exactly these."""
+    for field in fields:
+        if field not in row:
+            return RowProblem(field, f"is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+    for key in row:
+        if key not in fields:
+            return RowProblem(str(key), f"is unknown; a row has {' and '.join(fields)}, nothing else")
+    return None
+
+
+def wrong_text(value: Any, field: str) -> RowProblem | None:
+    """Why a value is no text that says something; None where it is one."""
+    if not isinstance(value, str):
+        return RowProblem(field, f"is {type(value).__name__}, not text")
+    return None if value.strip() else RowProblem(field, "is empty")
