@@ -69,6 +69,8 @@ class DatasetFormat(Extension, ABC):
     companions: ClassVar[Mapping[str, str]] = {}
     """Small files that say how rows are read: name beside the rows → the option that names a file elsewhere
     (`{"tokens.json": "tokens"}`)."""
+    companion_digests: Mapping[str, str] = {}
+    """SHA-256 of each companion as it was read. Set by the core."""
     hub_files: Mapping[Split, str] = {}
     """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`, or a glob), where there is one."""
     hub_id: ClassVar[str] = ""
@@ -77,6 +79,11 @@ class DatasetFormat(Extension, ABC):
     @abstractmethod
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
         """A conversation, or what is wrong with the row. Messages that should be trained by default say so."""
+
+    def may_hold_rows(self, file_name: str) -> bool:
+        """Whether a file of a folder may be one of its own, by the name: for a dataset of which several versions lie in
+        one folder. Files that the user names are not asked about."""
+        return True
 
     def read_companion(self, name: str, content: bytes) -> None:
         """Take in one of its `companions`: called once for each, before any row is parsed and before `special_tokens`

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 from llmft_core.catalog import Catalog
 from llmft_core.data.batches import padding_waste, steps_per_epoch
-from llmft_core.data.chat import chat_template
+from llmft_core.data.chat import chat_template, roles_of, stop_tokens, trained_roles
+from llmft_core.data.chat_template import ChatTemplate
+from llmft_core.data.formats import open_dataset
 from llmft_core.data.prepare import PreparedData, prepare
-from llmft_core.data.sources import find_sources
+from llmft_core.data.sources import SplitSource
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat
 from llmft_core.placing import place
@@ -78,11 +80,8 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     material = _attempt(lambda: prepare_data(plan, catalog, places, say=say, check=model_problems), "", problems)
     if material is None or placed is None or problems:
         raise Problems(problems)
-    dataset, model, tokenizer, data = material.dataset, material.model, material.tokenizer, material.data
+    model, tokenizer, data = material.model, material.tokenizer, material.data
     size = model.family.size(model.config)
-    template, stop = chat_template(first_conversation(dataset, data, places))
-    if template:
-        tokenizer.chat_template = template
     key = hashlib.sha256(f"{material.fingerprint} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / key
     if not folder.is_dir():  # the key says what is in it; another run may be copying from it
@@ -96,7 +95,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
         steps_per_epoch=per_epoch,
         vocabulary=len(tokenizer),
         pad_id=int(tokenizer.pad_token_id or 0),
-        stop_ids=tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in stop),
+        stop_ids=tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in material.stop_tokens),
         provenance=provenance(catalog, plan, data, model.digest, material.fingerprint),
         model=model.path,
         data=data.folder,
@@ -114,9 +113,11 @@ class Material:
     model: ModelFolder
     """Without its weights."""
     tokenizer: Any
-    """A fast one of transformers, with the format's special tokens."""
+    """A fast one of transformers, with the format's special tokens and the chat template of its rows."""
     fingerprint: str
     """What the tokenizer does, as SHA-256 (hex)."""
+    stop_tokens: tuple[str, ...]
+    """What ends an answer."""
     data: PreparedData
 
 
@@ -134,25 +135,28 @@ def prepare_data(
     Raises Problems: model, tokenizer, `check`, sources and rows together.
     """
     problems: list[Problem] = []
-    dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
+    opened = _attempt(lambda: open_dataset(catalog, plan, places), "dataset", problems)
+    special_tokens = opened[0].special_tokens if opened else ()
     model = _attempt(lambda: stage_model(plan, catalog, places, weights=False), "model", problems)
     tokenizer: Any = None
     if model is not None:
         tokenizer = _attempt(
-            lambda: load_tokenizer(model, plan.model.tokenizer, dataset.special_tokens, places),
-            "model.tokenizer",
-            problems,
+            lambda: load_tokenizer(model, plan.model.tokenizer, special_tokens, places), "model.tokenizer", problems
         )
-    if model is None or tokenizer is None:
-        _attempt(lambda: find_sources(dataset, places), "dataset", problems)  # all that can be said without a tokenizer
+        problems += check(model)
+    if opened is None or model is None or tokenizer is None:
         raise Problems(problems)
-    problems += check(model)
+    dataset, sources = opened
     say(f"preparing dataset {dataset.name}")
     print_ = fingerprint(tokenizer)
-    data = _attempt(lambda: prepare(dataset, plan, tokenizer, print_, places, cache_folder()), "dataset", problems)
+    template = model.family.chat_template(tokenizer)
+    data = _attempt(
+        lambda: prepare(dataset, sources, plan, tokenizer, print_, cache_folder(), template), "dataset", problems
+    )
     if data is None or problems:
         raise Problems(problems)
-    return Material(dataset, model, tokenizer, print_, data)
+    tokenizer.chat_template, stop_tokens = prompting(dataset, sources["train"], data, tokenizer, template, plan)
+    return Material(dataset, model, tokenizer, print_, stop_tokens, data)
 
 
 def written_type(plan: RunPlan) -> str:
@@ -160,9 +164,23 @@ def written_type(plan: RunPlan) -> str:
     return plan.checkpoint.dtype if plan.checkpoint.dtype != "auto" else plan.precision or "fp32"
 
 
-def first_conversation(dataset: DatasetFormat, data: PreparedData, places: Places) -> Conversation:
-    """The first training row as a conversation: its form is that of all. The rows have been checked already."""
-    source = find_sources(dataset, places)["train"]
+def prompting(
+    dataset: DatasetFormat, source: SplitSource, data: PreparedData, tokenizer: Any, template: str, plan: RunPlan
+) -> tuple[str | None, tuple[str, ...]]:
+    """How a checkpoint is prompted as its rows were written: its chat template and the tokens that end an answer. For
+    chats that is `template`, the model's own; where rows have neither tags nor template, what the tokenizer has."""
+    first = first_conversation(dataset, source, data)
+    if first.template:
+        written = ChatTemplate.of(tokenizer, template).literal(first, plan.data.train_on)
+        ends = [each.closing for each in written.messages if each.trained] if isinstance(written, Conversation) else []
+        return template, tuple(dict.fromkeys(filter(None, ends)))
+    roles = trained_roles(dataset.roles or roles_of(first), plan.data.train_on)
+    begins = tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    return chat_template(roles, begins) or tokenizer.chat_template, stop_tokens(roles)
+
+
+def first_conversation(dataset: DatasetFormat, source: SplitSource, data: PreparedData) -> Conversation:
+    """The first training row as a conversation. The rows have been checked already."""
     for _, row in source.rows(data.report.splits["train"].source_digest):
         parsed = row if isinstance(row, RowProblem) else dataset.parse(row)
         if isinstance(parsed, Conversation):

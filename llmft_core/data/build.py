@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmft_core.data.chat_template import ChatTemplate
 from llmft_core.data.encode import Encoder, TooLong
 from llmft_core.data.report import SHOWN, DataReport, Faults, SplitReport
 from llmft_core.data.sources import SplitSource
@@ -69,6 +70,7 @@ class Build:
     dataset: DatasetFormat
     plan: RunPlan
     encoder: Encoder
+    chat: ChatTemplate
     sources: Mapping[Split, SplitSource]
     digests: Mapping[Split, str]
     key: str
@@ -140,6 +142,12 @@ class Build:
         return tally
 
     def _parse(self, origin: Origin, row: dict[str, Any]) -> Conversation | RowProblem:
+        parsed = self._parsed(origin, row)
+        if isinstance(parsed, Conversation) and parsed.template:
+            return self.chat.literal(parsed, self.plan.data.train_on)
+        return parsed
+
+    def _parsed(self, origin: Origin, row: dict[str, Any]) -> Conversation | RowProblem:
         try:
             return self.dataset.parse(row)
         except LlmftError:

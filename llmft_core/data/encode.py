@@ -126,7 +126,7 @@ class Encoder:
 
     def _assemble(self, conversation: Conversation, found: Iterator[Any]) -> EncodedExample | RowProblem:
         everything = self.train_on == "all"
-        ids = list(self.start)
+        ids = [] if conversation.starts else list(self.start)
         labels = list(ids) if everything else [IGNORED_LABEL] * len(ids)
         problem = None
         ends_open = False

@@ -8,19 +8,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmft_core.data.build import Build, refuse_loss
+from llmft_core.data.chat_template import ChatTemplate
 from llmft_core.data.encode import ENCODER_VERSION, Encoder
 from llmft_core.data.report import DataReport, SplitReport
-from llmft_core.data.sources import find_sources
+from llmft_core.data.sources import SplitSource
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
+from llmft_core.options import kebab
 from llmft_core.plan import RunPlan
-
-if TYPE_CHECKING:
-    from llmft_core.storage.places import Places
 
 __all__ = ["DataReport", "PreparedData", "SplitReport", "TokenTable", "prepare"]
 
@@ -54,18 +53,24 @@ class PreparedData:
 
 
 def prepare(
-    dataset: DatasetFormat, plan: RunPlan, tokenizer: Any, fingerprint: str, places: Places | None, cache: Path
+    dataset: DatasetFormat,
+    sources: Mapping[Split, SplitSource],
+    plan: RunPlan,
+    tokenizer: Any,
+    fingerprint: str,
+    cache: Path,
+    chat_template: str = "",
 ) -> PreparedData:
     """Read, check and encode all rows of all splits into `cache/data/<key>/{train,test}`; a second call with the same
     bytes, tokenizer and options only hashes the sources.
 
-    `tokenizer` has the format's special tokens; `fingerprint` stands for what it does to text. Raises Problems with
-    all rows that cannot be used, InputError for missing or empty sources and for too many rows dropped or cut,
-    LlmftError where the cache cannot be written.
+    `dataset` and `sources` are what `open_dataset` returns. `tokenizer` has the format's special tokens; `fingerprint`
+    stands for what it does to text; `chat_template` is the model's, for rows that are chats. Raises Problems with all
+    rows that cannot be used, InputError for empty sources and for too many rows dropped or cut, LlmftError where the
+    cache cannot be written.
     """
     from filelock import FileLock
 
-    sources = find_sources(dataset, places, plan.data.mix)
     fraction = plan.data.validation_fraction
     if "test" in sources and fraction > 0:
         raise InputError(
@@ -76,13 +81,14 @@ def prepare(
         tokenizer, plan.data.train_on, plan.context_length, plan.data.on_long, tags=dataset.special_tokens
     )
     digests = {split: source.digest() for split, source in sources.items()}
-    key = cache_key(dataset, plan, encoder, fingerprint, digests)
+    chat = ChatTemplate.of(tokenizer, chat_template)
+    key = cache_key(dataset, plan, encoder, fingerprint, digests, chat)
     folder = cache / "data" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
             if not folder.exists():
-                Build(dataset, plan, encoder, sources, digests, key).write(folder)
+                Build(dataset, plan, encoder, chat, sources, digests, key).write(folder)
     except OSError as error:  # the sources' own errors are InputErrors already
         raise LlmftError(
             f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
@@ -104,21 +110,28 @@ def prepare(
 
 
 def cache_key(
-    dataset: DatasetFormat, plan: RunPlan, encoder: Encoder, fingerprint: str, digests: Mapping[Split, str]
+    dataset: DatasetFormat,
+    plan: RunPlan,
+    encoder: Encoder,
+    fingerprint: str,
+    digests: Mapping[Split, str],
+    chat: ChatTemplate,
 ) -> str:
     """SHA-256 of all that the tables depend on: what is read, by which code, with which tokenizer and options. Not
     where it is read from."""
     options = dataset.options.model_dump(mode="json", by_alias=True)
     if isinstance(dataset.options, SourceOptions):
-        options = {name: value for name, value in options.items() if name not in ("source", "train", "test")}
+        places = ("source", "train", "test", *map(kebab, dataset.companions.values()))
+        options = {name: value for name, value in options.items() if name not in places}
     backend = encoder.tokenizer.backend_tokenizer
     fraction = plan.data.validation_fraction
     parts = {
         "encoder": ENCODER_VERSION,
         "sources": dict(digests),
-        "format": [dataset.name, options, _code_digest(type(dataset))],
+        "format": [dataset.name, options, dataset.companion_digests, _code_digest(type(dataset))],
         "tokenizer": [fingerprint, encoder.start, encoder.tokenizer.eos_token_id],
         "tags": {tag: backend.token_to_id(tag) for tag in dataset.special_tokens},
+        "chat": [chat.text, dict(chat.named)],
         "train-on": plan.data.train_on,
         "context-length": plan.context_length,
         "on-long": plan.data.on_long,
@@ -128,9 +141,18 @@ def cache_key(
 
 
 def _code_digest(format_type: type[DatasetFormat]) -> str:
-    """SHA-256 of the modules a format is written in, so that who edits `parse` does not get yesterday's rows."""
+    """SHA-256 of the modules a format is written in, and of those of its package that they take names from, so that
+    who edits `parse` does not get yesterday's rows."""
     hasher = hashlib.sha256()
-    for module_name in sorted({cls.__module__ for cls in format_type.__mro__} - {"builtins", "abc"}):
+    own = {cls.__module__ for cls in format_type.__mro__} - {"builtins", "abc"}
+    packages = {name.partition(".")[0] for name in own}
+    taken = {
+        module
+        for name in own
+        for value in vars(sys.modules[name]).values()
+        if (module := getattr(value, "__module__", None)) and module.partition(".")[0] in packages
+    }
+    for module_name in sorted(own | taken):
         file = getattr(sys.modules.get(module_name), "__file__", None)
         if file and not module_name.startswith("llmft_core."):
             hasher.update(Path(file).read_bytes())

@@ -132,25 +132,30 @@ def _split_files(dataset: DatasetFormat, source: str, places: Places | None) -> 
     if source.startswith(HUB_SCHEME):
         return _on_hub(source.removeprefix(HUB_SCHEME), dataset)
     if source and (is_uri(source) or Path(source).expanduser().exists()):
-        return _in_folder(source, places)
+        return _in_folder(source, dataset, places)
     hub_id = source or dataset.hub_id
     if not HUB_ID.fullmatch(hub_id):
         raise InputError(f"--dataset.source: there is no folder {source}, and it is no URI and no hub id (owner/name)")
     return _on_hub(hub_id, dataset)
 
 
-def _in_folder(folder: str, places: Places | None) -> dict[Split, list[FileSource]]:
+def _in_folder(folder: str, dataset: DatasetFormat, places: Places | None) -> dict[Split, list[FileSource]]:
     flag = "--dataset.source"
     if not is_uri(folder) and not Path(folder).expanduser().is_dir():
         raise InputError(f"{flag}: {folder} is a file: give the folder it lies in, or the file with --dataset.train")
-    names = _names_in(folder, places)
+    there = _names_in(folder, places)
+    names = [name for name in there if dataset.may_hold_rows(name)]
     found: dict[Split, list[FileSource]] = {}
     for split in SPLITS:
         if chosen := rows_of_split(names, split, f"{flag}: {folder}"):
             found[split] = [_beside(folder, name, flag, places) for name in chosen]
     if "train" not in found:
         kinds = ", no ".join(f"train{suffix}" for suffix in SUFFIXES)
-        raise InputError(f"{flag}: {folder} has no {kinds} and no shards of one; name a file with --dataset.train")
+        others = rows_of_split([name for name in there if name not in names], "train", f"{flag}: {folder}")
+        aside = f"; {others[0]} is not what {dataset.name} reads with these options" if others else ""
+        raise InputError(
+            f"{flag}: {folder} has no {kinds} and no shards of one{aside}; name a file with --dataset.train"
+        )
     return found
 
 

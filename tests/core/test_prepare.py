@@ -35,6 +35,7 @@ from llmft_core.data import build
 from llmft_core.data.build import held_out
 from llmft_core.data.encode import Encoder
 from llmft_core.data.prepare import PreparedData, TokenTable, prepare
+from llmft_core.data.sources import find_sources
 from llmft_core.data.tables import write_selection, writing
 from llmft_core.plan import RunPlan
 
@@ -83,7 +84,9 @@ class Bench:
     def prepare(self, fingerprint: str = "print", dataset: DatasetFormat | None = None, **plan: Any) -> PreparedData:
         options = {name.replace("_", "-"): value for name, value in plan.items()}
         dataset = dataset or Pairs(SourceOptions.model_validate({"source": str(self.source)}))
-        return prepare(dataset, RunPlan.model_validate(options), self.tokenizer, fingerprint, None, self.cache)
+        valid = RunPlan.model_validate(options)
+        sources = find_sources(dataset, None, valid.data.mix)
+        return prepare(dataset, sources, valid, self.tokenizer, fingerprint, self.cache)
 
     def folders(self) -> set[str]:
         data = self.cache / "data"
@@ -277,9 +280,9 @@ PREPARE = """
 import sys
 sys.path[:0] = sys.argv[3:]
 from pathlib import Path
-from test_prepare import Bench, Pairs, RunPlan, SourceOptions, byte_level_tokenizer, prepare
+from test_prepare import Bench, Pairs, RunPlan, SourceOptions, byte_level_tokenizer, find_sources, prepare
 dataset = Pairs(SourceOptions.model_validate({"source": sys.argv[1]}))
-data = prepare(dataset, RunPlan(), byte_level_tokenizer(), "print", None, Path(sys.argv[2]))
+data = prepare(dataset, find_sources(dataset, None), RunPlan(), byte_level_tokenizer(), "print", Path(sys.argv[2]))
 print(data.digest, len(data.train))
 """
 
@@ -496,8 +499,8 @@ def test_gsm8k_with_the_llama2_tokenizer(gsm8k_folder: Path, llama2_tokenizer_mo
     llama2 = importlib.import_module("llmft_plugins.models.llama2")
     tokenizer = llama2.from_sentencepiece(llama2_tokenizer_model)
     tokenizer.add_tokens(list(gsm8k.Gsm8k.special_tokens), special_tokens=True)
-    dataset = gsm8k.Gsm8k(SourceOptions.model_validate({"source": str(gsm8k_folder)}))
-    data = prepare(dataset, RunPlan(), tokenizer, "print", None, tmp_path)
+    dataset = gsm8k.Gsm8k(gsm8k.Gsm8kOptions.model_validate({"source": str(gsm8k_folder)}))
+    data = prepare(dataset, find_sources(dataset, None), RunPlan(), tokenizer, "print", tmp_path)
     assert data.test is not None
     assert (len(data.train), len(data.test)) == (7473 - 9, 1319 - 3)
     splits = data.report.splits

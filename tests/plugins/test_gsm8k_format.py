@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from llmft_core import Conversation, DatasetFormat, Message, RowProblem, SourceOptions
+from llmft_core import Conversation, DatasetFormat, InputError, Message, RowProblem
+from llmft_core.data.sources import find_sources
 from llmft_plugins.datasets.arithmetic import Arithmetic, ArithmeticOptions
-from llmft_plugins.datasets.gsm8k import Gsm8k
+from llmft_plugins.datasets.gsm8k import Gsm8k, Gsm8kOptions
 
-FORMATS = [Gsm8k(SourceOptions()), Arithmetic(ArithmeticOptions())]
+FORMATS = [Gsm8k(Gsm8kOptions()), Arithmetic(ArithmeticOptions())]
 
 
 @pytest.mark.parametrize("dataset", FORMATS, ids=lambda dataset: dataset.name)
@@ -55,7 +56,27 @@ def test_all_of_gsm8k_parses(gsm8k_folder: Path) -> None:
         assert all(isinstance(row, Conversation) for row in parsed)
 
 
-def test_it_knows_where_it_lies_on_the_hub() -> None:
-    assert Gsm8k.hub_id == "openai/gsm8k"
-    assert set(Gsm8k.hub_files) == {"train", "test"}
-    assert FORMATS[0].generate("train") is None, "rows are read"
+@pytest.mark.parametrize("config", ["main", "socratic"])
+def test_it_knows_where_it_lies_on_the_hub(config: Any) -> None:
+    dataset = Gsm8k(Gsm8kOptions(config=config))
+    assert dataset.hub_id == "openai/gsm8k"
+    assert dataset.hub_files == {
+        "train": f"{config}/train-00000-of-00001.parquet",
+        "test": f"{config}/test-00000-of-00001.parquet",
+    }
+    assert dataset.generate("train") is None, "rows are read"
+
+
+@pytest.mark.parametrize(("config", "suffix"), [("main", ""), ("socratic", "_socratic")])
+def test_the_version_is_chosen_in_a_folder_with_both(tmp_path: Path, config: Any, suffix: str) -> None:
+    for name in ("train", "test", "train_socratic", "test_socratic"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    sources = find_sources(Gsm8k(Gsm8kOptions(config=config, source=str(tmp_path))), None)
+    names = {split: [file.name for file in source.files] for split, source in sources.items()}
+    assert names == {split: [f"{tmp_path}/{split}{suffix}.jsonl"] for split in ("train", "test")}
+
+
+def test_main_rows_are_not_taken_for_socratic_ones(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="; train.jsonl is not what gsm8k reads with these options; name a file with"):
+        find_sources(Gsm8k(Gsm8kOptions(config="socratic", source=str(tmp_path))), None)

@@ -17,6 +17,36 @@ TINY = "llama-2-tiny"
 PROBES = ("How many clips did she sell altogether?", "48/2 =  <<48/2=24>>24\n#### 24 ", "Überraschung – 数 é\t½ Ⅷ ﬁ")
 
 
+# What Meta's own code writes (llama/generation.py, `chat_completion`): BOS and EOS around each pair of messages, the
+# system message folded into the first user message, all trimmed; and it refuses messages that hold its marks. The space
+# before [INST] is the one that sentencepiece puts before every text: it is written out here, because to a fast tokenizer
+# a text behind <s> is not the first.
+CHAT_TEMPLATE = """
+{%- set turns = messages -%}
+{%- set system = '' -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set turns = messages[1:] -%}
+  {%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' -%}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- for mark in ['[INST]', '[/INST]', '<<SYS>>', '<</SYS>>'] -%}
+    {%- if mark in message['content'] -%}
+      {{- raise_exception('a message must not hold ' + mark) -}}
+    {%- endif -%}
+  {%- endfor -%}
+{%- endfor -%}
+{%- for message in turns -%}
+  {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('after at most one system message, user and assistant take turns, the user first') -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- bos_token + ' [INST] ' + ((system if loop.first else '') + message['content']).strip() + ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' + message['content'].strip() + ' ' + eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+""".strip()
+
+
 class Llama2(ModelFamily):
     """Everything whose config.json says `llama`: its architecture, and the peculiarities of its tokenizer."""
 
@@ -76,6 +106,14 @@ class Llama2(ModelFamily):
             f"{folder}: no tokenizer (tokenizer.json, or Llama's sentencepiece tokenizer.model): "
             "copy it there, or name one with --model.tokenizer FOLDER"
         )
+
+    def chat_template(self, tokenizer: Any) -> str:
+        """Meta's, in place of the one in Llama 2's exports, whose ids differ from Meta's by a space, and for base
+        models, which have none; other models of this architecture (Llama 3) keep their own."""
+        own = super().chat_template(tokenizer)
+        if own:
+            return CHAT_TEMPLATE if "<<SYS>>" in own and "[INST]" in own else own
+        return CHAT_TEMPLATE if (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>") else ""
 
 
 def from_sentencepiece(model: Path) -> Any:
