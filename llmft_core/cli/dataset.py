@@ -12,7 +12,9 @@ from pathlib import Path
 from llmft_core.errors import InputError, close_match
 
 PROG = "llmft dataset"
-ACTIONS: dict[str, str] = {}  # action → what it does
+ACTIONS: dict[str, str] = {  # action → what it does
+    "create": "a dataset with tags as train.jsonl, test.jsonl and tokens.json of chat-tags",
+}
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmft_core.catalog import Catalog
 from llmft_core.data.files import FileSource, is_file, is_uri
 from llmft_core.data.sources import SplitSource, find_sources
-from llmft_core.errors import InputError, close_match
+from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.extensions import DatasetFormat, Split
 from llmft_core.options import kebab
 from llmft_core.plan import RunPlan
@@ -23,8 +23,8 @@ def open_dataset(
 ) -> tuple[DatasetFormat, dict[Split, SplitSource]]:
     """The format with its companions read, so that it knows its special tokens, and the sources of the splits.
 
-    Raises InputError: no such rows, a companion that is missing or wrong, a role of `--data.train-on` that the format
-    does not have.
+    Raises InputError: no such rows, a companion that is missing or wrong; Problems for a role of `--data.train-on` that
+    the format does not have.
     """
     dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
     sources = find_sources(dataset, places, plan.data.mix)
@@ -72,20 +72,22 @@ def _companion(
 
 
 def _check_train_on(dataset: DatasetFormat, train_on: str) -> None:
-    """Before any row is read, where the format knows its roles."""
+    """Before any row is read, where the format knows its roles. Raises Problems."""
     if not dataset.roles or train_on == "all":
         return
+    problems: list[Problem] = []
     names = [role.name for role in dataset.roles]
-    if train_on == "completion":
-        if not any(role.trained for role in dataset.roles):
-            raise InputError(
-                f"--data.train-on: which of the roles {', '.join(names)} is to be learnt cannot be told from their "
-                "names: name one or several (ROLE,…), or say all"
-            )
-        return
-    for name in filter(None, (part.strip() for part in train_on.split(","))):
-        if name not in names:
-            folded = {known.casefold(): known for known in names}
-            meant = folded.get(name.casefold())
+    if train_on == "completion" and not any(role.trained for role in dataset.roles):
+        reason = (
+            f"which of the roles {', '.join(names)} is to be learnt cannot be told from their names: name one or "
+            "several (ROLE,…), or say all"
+        )
+        problems.append(Problem("data.train-on", reason))
+    chosen = [] if train_on == "completion" else [part.strip() for part in train_on.split(",")]
+    for name in chosen:
+        if name and name not in names:
+            meant = {known.casefold(): known for known in names}.get(name.casefold())
             close = f" (did you mean {meant}?)" if meant else close_match(name, names)
-            raise InputError(f"--data.train-on: no row has the role {name}{close}; there are {', '.join(names)}")
+            problems.append(Problem("data.train-on", f"no row has the role {name}{close}; there are {', '.join(names)}"))
+    if problems:
+        raise Problems(problems)

@@ -52,8 +52,8 @@ class ChatTags(DatasetFormat):
         words = [re.escape(tag) for tag in sorted(tags.tokens, key=len, reverse=True)]
         shapes = _shapes(tags) if self.options.unknown_tags == "error" else []
         self._tag = re.compile("|".join(words + shapes))
-        self._capitals = all(tag == tag.upper() for tag in tags.tokens)
         self._folded = {tag.casefold() for tag in tags.tokens}
+        self._capitals = all(tag == tag.upper() for tag in tags.tokens)
 
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
         problem = wrong_fields(row, [FIELD]) or wrong_text(row[FIELD], FIELD)
@@ -68,7 +68,7 @@ class ChatTags(DatasetFormat):
             tag, at, before = found.group(), found.start(), text[done : found.start()]
             done = found.end()
             if tag not in self.special_tokens:
-                return _problem(f"has an unknown tag: {tag} at character {at + 1}", self._advice(tag))
+                return self._unknown(tag, at)
             if role is None:
                 if before and self.options.outside == "error":
                     return _outside(before, at - len(before))
@@ -106,12 +106,16 @@ class ChatTags(DatasetFormat):
             return True
         return tag == tag.upper() or tag.casefold() in self._folded
 
-    def _advice(self, tag: str) -> str:
+    def _unknown(self, tag: str, at: int) -> RowProblem:
         import difflib
 
-        close = difflib.get_close_matches(tag, self.special_tokens, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        return f"{meant}Declare it in tokens.json, or take it for text with --dataset.unknown-tags text"
+        folded = {known.casefold(): known for known in self.special_tokens}
+        close = difflib.get_close_matches(tag.casefold(), list(folded), n=1)
+        meant = f" (did you mean {folded[close[0]]}?)" if close else ""
+        return _problem(
+            f"has an unknown tag: {tag} at character {at + 1}{meant}",
+            "declare it in tokens.json, or take it for text with --dataset.unknown-tags text",
+        )
 
     def _misplaced(self, tag: str, at: int, role: Role, opened: int, later: list[str]) -> RowProblem:
         """A tag inside an open span that does not belong there. `later`: the tags after it."""
@@ -127,8 +131,8 @@ class ChatTags(DatasetFormat):
         return _problem(f"has nested tags: {here} opens inside {there}")
 
 
-def _problem(reason: str, advice: str = "") -> RowProblem:
-    return RowProblem(FIELD, f"{reason}; {advice}" if advice else reason)
+def _problem(reason: str, *advice: str) -> RowProblem:
+    return RowProblem(FIELD, "; ".join([reason, *advice]))
 
 
 def _outside(text: str, start: int) -> RowProblem:
