@@ -70,13 +70,13 @@ class ChatTemplate:
         form = self._form(tuple(message.role for message in conversation.messages))
         if isinstance(form, RowProblem):
             return form
-        texts = [
-            _trimmed(message.text, *trim) for message, trim in zip(conversation.messages, form.trims, strict=True)
-        ]
+        texts = [_trimmed(message.text, *trim) for message, trim in zip(conversation.messages, form.trims, strict=True)]
         written = self._written(messages)
         if isinstance(written, RowProblem):
             return written
-        expected = form.around[0] + "".join(f"{text}{after}" for text, after in zip(texts, form.around[1:], strict=True))
+        expected = form.around[0] + "".join(
+            f"{text}{after}" for text, after in zip(texts, form.around[1:], strict=True)
+        )
         if written != expected:
             at = next((i for i, pair in enumerate(zip(written, expected, strict=False)) if pair[0] != pair[1]), 0)
             return RowProblem(
@@ -90,7 +90,11 @@ class ChatTemplate:
         for index, message in enumerate(conversation.messages):
             answers = message.role == "assistant"
             # Also where everything is trained, an answer is cut where a server would cut it: the same ids every time.
-            cut = message.trained if train_on == "completion" else message.role in roles or (train_on == "all" and answers)
+            cut = (
+                message.trained
+                if train_on == "completion"
+                else message.role in roles or (train_on == "all" and answers)
+            )
             role = message.role if cut else TEMPLATE_ROLE
             start, end = max(form.starts[index], done), form.ends[index]
             builder.scaffold(form.around[index][done:start], TEMPLATE_ROLE, False)
@@ -111,7 +115,9 @@ class ChatTemplate:
         marks = [f"\ue000{secrets.token_hex(8)}\ue001" for _ in roles]
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         written = self._written(messages)
-        spaced = self._written([{**message, "content": f"{SPACES}{message['content']}{SPACES}"} for message in messages])
+        spaced = self._written(
+            [{**message, "content": f"{SPACES}{message['content']}{SPACES}"} for message in messages]
+        )
         if isinstance(written, RowProblem):
             return written
         if isinstance(spaced, RowProblem):
@@ -123,8 +129,8 @@ class ChatTemplate:
             before, found, rest = rest.partition(mark)
             if not found or mark in rest or spaced.count(mark) != 1:
                 raise InputError(
-                    f"the model's chat template leaves out, repeats or changes a message of the {role}, so it cannot be "
-                    f"said which tokens are trained: {WAY_OUT}"
+                    f"the model's chat template leaves out, repeats or changes a message of the {role}, so what is "
+                    f"trained cannot be told: {WAY_OUT}"
                 )
             around.append(before)
             left, _, right = spaced.partition(mark)

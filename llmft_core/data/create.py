@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,15 +53,14 @@ class _Refused:
             raise Problems(self.first, f"rows that cannot be written with tags: {self.count}{shown}:")
 
 
-def create(
-    dataset: DatasetFormat, sources: Mapping[Split, SplitSource], catalog: Catalog, out: Path
-) -> Created:
+def create(dataset: DatasetFormat, sources: Mapping[Split, SplitSource], catalog: Catalog, out: Path) -> Created:
     """Write the files into `out`, all of them or none.
 
     Raises InputError: a file is there already, the format has no tags; Problems: rows that cannot be used, or that tags
     cannot say.
     """
-    paths = {**{split: out / f"{split}.jsonl" for split in sources}, "tokens": out / "tokens.json"}
+    paths: dict[str, Path] = {split: out / f"{split}.jsonl" for split in sources}
+    paths["tokens"] = out / "tokens.json"
     if there := [str(path) for path in paths.values() if path.exists()]:
         raise InputError(f"--out: {', '.join(there)} exists: name another folder, or remove it; nothing is overwritten")
     roles = _roles(dataset, sources["train"])
@@ -186,9 +185,7 @@ def _write_split(
     return count
 
 
-def _unsaid(
-    meant: Conversation, read: Conversation | RowProblem, roles: Mapping[str, Role]
-) -> RowProblem | None:
+def _unsaid(meant: Conversation, read: Conversation | RowProblem, roles: Mapping[str, Role]) -> RowProblem | None:
     """Why a row would not be the same when it is read again."""
     for message in meant.messages:
         if message.role in roles and message.trained != roles[message.role].trained:

@@ -61,7 +61,9 @@ def _companion(
     found = {split: source.companion(name) for split, source in sources.items()}
     train = found.pop("train")
     if train is None:
-        raise InputError(f"there is no {name} beside {sources['train'].name}: put one there, or name it with {flag} FILE")
+        raise InputError(
+            f"there is no {name} beside {sources['train'].name}: put one there, or name it with {flag} FILE"
+        )
     for split, content in found.items():
         if content not in (None, train):
             raise InputError(
@@ -88,6 +90,8 @@ def _check_train_on(dataset: DatasetFormat, train_on: str) -> None:
         if name and name not in names:
             meant = {known.casefold(): known for known in names}.get(name.casefold())
             close = f" (did you mean {meant}?)" if meant else close_match(name, names)
-            problems.append(Problem("data.train-on", f"no row has the role {name}{close}; there are {', '.join(names)}"))
+            problems.append(
+                Problem("data.train-on", f"no row has the role {name}{close}; there are {', '.join(names)}")
+            )
     if problems:
         raise Problems(problems)

@@ -1,4 +1,4 @@
-"""Contract suites: what every extension of a kind promises, as tests to subclass. Here datasets and storage.
+"""Contract suites: what every extension of a kind promises, as tests to subclass. Here storage, and what all kinds share.
 
     class TestMyDisk(StorageBackendContract):
         @pytest.fixture
@@ -10,20 +10,16 @@ Each suite lists its other fixtures; they have defaults and may be overridden.
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import re
 import uuid
-from itertools import islice
-from typing import Any
 
 import pytest
 
 from llmft_core.errors import ChangedMeanwhile, InputError
-from llmft_core.extensions import DatasetFormat, Extension, SourceOptions, StorageBackend
+from llmft_core.extensions import Extension, StorageBackend
 from llmft_core.options import Options, kebab, leaves
-from llmft_core.values import Conversation, RowProblem
 
 _SECRETS = re.compile(r"(secret|password|passwd|token|private-key|access-key|credential)s?$")
 
@@ -58,74 +54,6 @@ class ExtensionContract:
         received = extension.options_type.model_validate(sent)
         assert received == extension.options
         assert type(extension)(received).options == extension.options
-
-
-class DatasetFormatContract(ExtensionContract):
-    """Fixtures: `extension`; `rows`, good rows as a reader yields them (default: what the format generates)."""
-
-    @pytest.fixture
-    def rows(self, extension: DatasetFormat) -> list[dict[str, Any]]:
-        """At least one good row."""
-        generated = extension.generate("train")
-        if generated is None:
-            raise NotImplementedError("override the fixture `rows`: return a few good rows, as they lie in a file")
-        return list(islice(generated, 20))
-
-    def test_a_good_row_becomes_a_conversation(self, extension: DatasetFormat, rows: list[dict[str, Any]]) -> None:
-        assert rows
-        for row in rows:
-            conversation = extension.parse(row)
-            assert isinstance(conversation, Conversation), conversation
-            assert isinstance(conversation.messages, tuple)
-            assert conversation.messages
-            assert any(message.trained for message in conversation.messages), "nothing in it would be trained"
-            for message in conversation.messages:
-                assert message.role
-                assert {message.opening, message.closing} <= {"", *extension.special_tokens}
-
-    def test_special_tokens_are_distinct(self, extension: DatasetFormat) -> None:
-        assert len(set(extension.special_tokens)) == len(extension.special_tokens)
-        assert all(token and token == token.strip() for token in extension.special_tokens)
-
-    def test_parse_is_a_pure_function(self, extension: DatasetFormat, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            before = copy.deepcopy(row)
-            assert extension.parse(row) == extension.parse(row)
-            assert row == before
-
-    def test_an_empty_row_is_a_problem_not_an_exception(self, extension: DatasetFormat) -> None:
-        _assert_problem(extension.parse({}))
-
-    def test_a_spoilt_row_never_raises(self, extension: DatasetFormat, rows: list[dict[str, Any]]) -> None:
-        for field in rows[0]:
-            missing = {key: value for key, value in rows[0].items() if key != field}
-            spoilt: list[Any] = [None, 7, 0.5, True, "", "x", [], [None], {}, {"x": None}, b"\xff"]
-            for row in [missing, *({**rows[0], field: value} for value in spoilt)]:
-                result = extension.parse(row)
-                if not isinstance(result, Conversation):
-                    _assert_problem(result)
-
-    def test_generated_rows_are_the_same_each_time(self, extension: DatasetFormat) -> None:
-        if extension.generate("train") is None:
-            assert issubclass(extension.options_type, SourceOptions), "what is read from files inherits SourceOptions"
-            return
-        for split in ("train", "test"):
-            again = type(extension)(extension.options)
-            first, second = extension.generate(split), again.generate(split)
-            assert first is not None
-            assert second is not None
-            assert list(islice(first, 100)) == list(islice(second, 100))
-
-    def test_a_hub_repository_says_where_its_rows_are(self, extension: DatasetFormat) -> None:
-        assert not extension.hub_id or "train" in extension.hub_files
-        assert set(extension.hub_files) <= {"train", "test"}
-
-
-def _assert_problem(result: Any) -> None:
-    assert isinstance(result, RowProblem)
-    assert result.field
-    assert result.reason
-    assert "\n" not in result.field + result.reason
 
 
 class StorageBackendContract(ExtensionContract):

@@ -166,7 +166,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.sampled_from([CHATML, TRIMS]))
-def test_decoding_the_trained_ids_gives_the_answers(tokenizer: Any, pairs: list[tuple[str, str]], template: str) -> None:
+def test_decoding_the_trained_ids_gives_the_answers(
+    tokenizer: Any, pairs: list[tuple[str, str]], template: str
+) -> None:
     assume(not any(token in text for pair in pairs for text in pair for token in SPECIAL))
     row = chat(*(turn for user, assistant in pairs for turn in (("user", user), ("assistant", assistant))))
     example = encode(tokenizer, template, row)

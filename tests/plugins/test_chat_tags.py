@@ -160,13 +160,13 @@ def test_text_outside_of_tags_is_an_error_or_context() -> None:
         ("<USER> \n</USER><ASSISTANT>b</ASSISTANT>", "has an empty span: <USER> at character 1 holds no text"),
         (
             "<USER>a</USR><ASSISTANT>b</ASSISTANT>",
-            "has an unknown tag: </USR> at character 8 (did you mean </USER>?); declare it in tokens.json, or take it for "
-            "text with --dataset.unknown-tags text",
+            "has an unknown tag: </USR> at character 8 (did you mean </USER>?); declare it in tokens.json, or take it "
+            "for text with --dataset.unknown-tags text",
         ),
         (
             "<USER>a</USER><assistant>b</assistant>",
-            "has an unknown tag: <assistant> at character 15 (did you mean <ASSISTANT>?); declare it in tokens.json, or take it for "
-            "text with --dataset.unknown-tags text",
+            "has an unknown tag: <assistant> at character 15 (did you mean <ASSISTANT>?); declare it in tokens.json, "
+            "or take it for text with --dataset.unknown-tags text",
         ),
         ("plain", "has text outside of tags: 'plain' at character 1; remove it, or keep it as context with"),
     ],
@@ -175,7 +175,9 @@ def test_a_row_that_cannot_be_used_names_tag_and_place(text: str, expected: str)
     assert reason(text).startswith(expected)
 
 
-@pytest.mark.parametrize("said", ["a <b>bold</b> 3 < 4 > 2", "<<48/2=24>>24", "Vec<T> is <T>", "</USR", "< USER >", "<>"])
+@pytest.mark.parametrize(
+    "said", ["a <b>bold</b> 3 < 4 > 2", "<<48/2=24>>24", "Vec<T> is <T>", "</USR", "< USER >", "<>"]
+)
 def test_what_is_text(said: str) -> None:
     dataset = tagged(options={"unknown-tags": "text"} if "<T>" in said else {})
     assert messages(f"<USER>{said}</USER><ASSISTANT>b</ASSISTANT>", dataset)[0][2] == said
@@ -301,7 +303,9 @@ def test_a_byte_order_mark_is_no_obstacle() -> None:
 # --- properties ---------------------------------------------------------------------------------------------------
 
 PIECES = [*SEED, "<SEP>", "</USR>", "<b>", "a", " ", "\n", "é😀", "<", "</", ">"]
-spans = st.lists(st.tuples(st.sampled_from(["USER", "ASSISTANT"]), st.text(min_size=1, max_size=12).filter(str.strip)), min_size=1)
+spans = st.lists(
+    st.tuples(st.sampled_from(["USER", "ASSISTANT"]), st.text(min_size=1, max_size=12).filter(str.strip)), min_size=1
+)
 
 
 @settings(deadline=None)

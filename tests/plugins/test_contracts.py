@@ -12,7 +12,25 @@ from llmft_core.catalog import Catalog
 from llmft_core.loading import load_plugins
 
 CATALOG = Catalog(load_plugins())
-ROWS = {"gsm8k": [{"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}]}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 3?"},
+    {"role": "assistant", "content": "5", "weight": 0},
+    {"role": "user", "content": "Sure?", "name": None},
+    {"role": "assistant", "content": "Yes.", "weight": 1},
+]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "gsm8k": [{"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}],
+    "chat-tags": [{"input": "<USER>2 + 3?<SEP>now</USER><SEP><ASSISTANT>5<SEP>five</ASSISTANT>"}],
+    "messages": [{"messages": CHAT}, {"messages": CHAT[3:]}],
+}
+BROKEN: dict[str, list[dict[str, Any]]] = {
+    "gsm8k": [{"question": "What?", "answer": " "}],
+    "chat-tags": [{"input": text} for text in ("<USER>", "x", "<USER>a<ASSISTANT>b</USER>c</ASSISTANT>", "</USER>")],
+    "messages": [{"messages": messages} for messages in ([], CHAT[:2], [CHAT[2], None], "x")],
+}
+TOKENS = b'{"tokens": ["<USER>", "</USER>", "<ASSISTANT>", "</ASSISTANT>", "<SEP>"], "single": ["<SEP>"]}'
+COMPANIONS = {"chat-tags": {"tokens.json": TOKENS}}
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("storage", "s3"): {"bucket": "bucket"},
     ("storage", "gcs"): {"bucket": "bucket"},
@@ -42,8 +60,16 @@ class TestDatasetFormats(testing.DatasetFormatContract):
         return make("dataset", name)
 
     @pytest.fixture
+    def companions(self, name: str) -> dict[str, bytes]:
+        return COMPANIONS.get(name, {})
+
+    @pytest.fixture
     def rows(self, extension: Any, name: str) -> Any:
         return ROWS.get(name) or list(extension.generate("train"))[:20]
+
+    @pytest.fixture
+    def broken_rows(self, name: str) -> Any:
+        return BROKEN.get(name, [])
 
 
 @of_kind("storage")

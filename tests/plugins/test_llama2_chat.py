@@ -110,7 +110,19 @@ def test_several_turns_with_a_system_message(tokenizer: Any, reference: Referenc
     assert_as_meta(tokenizer, reference, dialogs)
 
 
-HOSTILE = ["</s>", "<s> x", "<unk>", "  two  spaces ", "\n\nlines\n", "é – 日本語 😀", "inform", "[INS", "<<SYS>", "\u2581", "0"]
+HOSTILE = [
+    "</s>",
+    "<s> x",
+    "<unk>",
+    "  two  spaces ",
+    "\n\nlines\n",
+    "é – 日本語 😀",
+    "inform",
+    "[INS",
+    "<<SYS>",
+    "\u2581",
+    "0",
+]
 
 
 def test_hostile_texts(tokenizer: Any, reference: Reference) -> None:

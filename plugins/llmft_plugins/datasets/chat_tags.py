@@ -145,7 +145,7 @@ def _outside(text: str, start: int) -> RowProblem:
 
 def _shapes(tags: Tags) -> list[str]:
     """Patterns of what looks like a declared tag: the same signs around a name."""
-    frames = {}
+    frames: dict[tuple[str, ...], None] = {}
     for tag in tags.tokens:
         found = re.fullmatch(r"([^\w/]+)/?\w.*?([^\w/]+)", tag)
         if found:

@@ -7,15 +7,17 @@ from typing import Any
 
 from llmft_core import RowProblem
 
+LONGEST = 40  # characters of a key that are shown
+
 
 def wrong_fields(row: Mapping[str, Any], fields: Sequence[str]) -> RowProblem | None:
     """The first field that is missing, or unknown; None where the row has exactly these."""
     for field in fields:
         if field not in row:
-            return RowProblem(field, f"is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+            return RowProblem(field, f"is missing; the row has {', '.join(map(shown_key, row)) or 'no fields'}")
     for key in row:
         if key not in fields:
-            return RowProblem(str(key), f"is unknown; a row has {' and '.join(fields)}, nothing else")
+            return RowProblem(shown_key(key), f"is unknown; a row has {' and '.join(fields)}, nothing else")
     return None
 
 
@@ -24,3 +26,9 @@ def wrong_text(value: Any, field: str) -> RowProblem | None:
     if not isinstance(value, str):
         return RowProblem(field, f"is {type(value).__name__}, not text")
     return None if value.strip() else RowProblem(field, "is empty")
+
+
+def shown_key(key: str) -> str:
+    """A key in one line."""
+    short = key if len(key) <= LONGEST else f"{key[:LONGEST]}…"
+    return short if short.isprintable() and short else repr(short)

@@ -39,7 +39,7 @@ class Gsm8k(QuestionAnswer):
 
     def may_hold_rows(self, file_name: str) -> bool:
         """OpenAI's own folder has train.jsonl and train_socratic.jsonl."""
-        return ("socratic" in file_name) == (self.options.config == "socratic")
+        return ("socratic" in file_name) is bool(self.options.config == "socratic")
 
 
 @hookimpl

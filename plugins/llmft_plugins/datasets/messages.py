@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmft_core import Conversation, DatasetFormat, Message, Options, Role, RowProblem, SourceOptions, hookimpl
-from llmft_plugins.datasets.fields import wrong_fields, wrong_text
+from llmft_plugins.datasets.fields import shown_key, wrong_fields, wrong_text
 
 llmft_api = 1
 
@@ -57,7 +57,7 @@ class Messages(DatasetFormat):
             return RowProblem(field, f"is a call of a tool or its result: {ONLY_TEXT}; remove such rows")
         known = [each.name for each in self.roles]
         if not isinstance(role, str) or role not in known:
-            said = "is missing" if "role" not in entry else f"is {role!r}"
+            said = f"is {shown_key(str(role))}" if "role" in entry else "is missing"
             return RowProblem(f"{field}.role", f"{said}; there are {', '.join(known)}")
         content = entry.get("content")
         if isinstance(content, list):
@@ -67,11 +67,11 @@ class Messages(DatasetFormat):
         for key in entry:
             # Loggers write null for what a message does not have.
             if key not in MESSAGE_KEYS and entry[key] is not None:
-                return RowProblem(f"{field}.{key}", f"is unknown; a message has {', '.join(MESSAGE_KEYS)}")
+                return RowProblem(f"{field}.{shown_key(key)}", f"is unknown; a message has {', '.join(MESSAGE_KEYS)}")
         weight = entry.get("weight")
         if not (weight is None or (isinstance(weight, int) and weight in (0, 1))):
             return RowProblem(f"{field}.weight", f"is {weight!r}; it is 1 (trained) or 0 (not trained)")
-        return Message(role, content, trained=role == "assistant" and weight != 0)
+        return Message(role, str(content), trained=role == "assistant" and weight != 0)
 
 
 @hookimpl

@@ -66,9 +66,7 @@ def derive_roles(tokens: Sequence[str]) -> dict[str, tuple[str, str]]:
         if closings:
             name = role_name(opening)
             if name in roles:
-                raise InputError(
-                    f"{roles[name][0]} and {opening} would both be the role {name}: name them under roles"
-                )
+                raise InputError(f"{roles[name][0]} and {opening} would both be the role {name}: name them under roles")
             roles[name] = (opening, closings[0])
             alone.pop(opening, None)
             alone.pop(closings[0], None)
@@ -76,7 +74,7 @@ def derive_roles(tokens: Sequence[str]) -> dict[str, tuple[str, str]]:
         token = next(iter(alone))
         partner = next(_closings(token), "a closing tag")
         raise InputError(
-            f'{token} has no partner (such as {partner}): add it to tokens, declare {token} as one that stands alone '
+            f"{token} has no partner (such as {partner}): add it to tokens, declare {token} as one that stands alone "
             f'with "single": [{json.dumps(token, ensure_ascii=False)}], or name the pair with "roles": '
             '{"ROLE": ["OPENING", "CLOSING"]}'
         )

@@ -18,9 +18,9 @@ PROBES = ("How many clips did she sell altogether?", "48/2 =  <<48/2=24>>24\n###
 
 
 # What Meta's own code writes (llama/generation.py, `chat_completion`): BOS and EOS around each pair of messages, the
-# system message folded into the first user message, all trimmed; and it refuses messages that hold its marks. The space
-# before [INST] is the one that sentencepiece puts before every text: it is written out here, because to a fast tokenizer
-# a text behind <s> is not the first.
+# system message folded into the first user message, all trimmed; and it refuses messages that hold its marks. The
+# space before [INST] is the one that sentencepiece puts before every text: it is written out here, because to a fast
+# tokenizer a text behind <s> is not the first.
 CHAT_TEMPLATE = r"""
 {%- set turns = messages -%}
 {%- set system = '' -%}
