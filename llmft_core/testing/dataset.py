@@ -1,13 +1,13 @@
 """The contract suite of dataset formats. Needs pytest and hypothesis.
 
-    class TestMyFormat(DatasetFormatContract):
-        @pytest.fixture
-        def extension(self):
-            return MyFormat(MyOptions())
+class TestMyFormat(DatasetFormatContract):
+    @pytest.fixture
+    def extension(self):
+        return MyFormat(MyOptions())
 
-        @pytest.fixture
-        def rows(self):
-            return [{"question": "2 + 3?", "answer": "5"}]
+    @pytest.fixture
+    def rows(self):
+        return [{"question": "2 + 3?", "answer": "5"}]
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ WRONG_FILES = [b"", b"\xff\xfe", b"{", b"[]", b"{}", b"null", b'"x"', b"[" * 100
 
 # What a file of rows can hold: JSON, and dates and bytes from tables.
 _leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary() | st.datetimes()
-_values = st.recursive(_leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+_values = st.recursive(
+    _leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
 
 
 class DatasetFormatContract(ExtensionContract):

@@ -64,7 +64,9 @@ def test_no_tokens(catalog: Catalog, tmp_path: Path) -> None:
 
 def test_two_splits_with_different_tokens(catalog: Catalog, tmp_path: Path) -> None:
     train, test = write(tmp_path / "a", TOKENS), write(tmp_path / "b", TOKENS[::-1])
-    with pytest.raises(InputError, match=r"the tokens.json beside .*b/train.jsonl is another one than beside .*a/train"):
+    with pytest.raises(
+        InputError, match=r"the tokens.json beside .*b/train.jsonl is another one than beside .*a/train"
+    ):
         opened(catalog, train=str(train / "train.jsonl"), test=str(test / "train.jsonl"))
 
 
@@ -107,7 +109,7 @@ def test_which_role_is_learnt_has_to_be_known(catalog: Catalog, tmp_path: Path) 
     assert opened(catalog, "Y", source=str(folder))
 
 
-def test_the_cache_key_knows_the_tokens_and_not_their_place(catalog: Catalog, tmp_path: Path) -> None:
+def test_equal_tokens_have_equal_digests_wherever_they_lie(catalog: Catalog, tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", TOKENS), write(tmp_path / "b", TOKENS)
     third = write(tmp_path / "c", [*TOKENS, "<X>", "</X>"])
     digests = [opened(catalog, source=str(folder))[0].companion_digests for folder in (first, second, third)]

@@ -78,5 +78,7 @@ def test_the_version_is_chosen_in_a_folder_with_both(tmp_path: Path, config: Any
 
 def test_main_rows_are_not_taken_for_socratic_ones(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"; train\.jsonl is not what gsm8k reads with these options; name a file with"):
+    with pytest.raises(
+        InputError, match=r"; train\.jsonl is not what gsm8k reads with these options; name a file with"
+    ):
         find_sources(Gsm8k(Gsm8kOptions(config="socratic", source=str(tmp_path))), None)
