@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmft_core.errors import Problem
-from llmft_core.options import Options
+from llmft_core.options import Options, comma_separated
 from llmft_core.values import Conversation, ModelSize, Placement, RowProblem, StepOutcome
 
 if TYPE_CHECKING:
@@ -49,8 +49,13 @@ class SourceOptions(Options):
     source: str = Field(
         "", description="folder or URI with train.jsonl and test.jsonl, or a hub id; default: the format's own hub id"
     )
-    train: str = Field("", description="a single file or URI with the training rows, instead of --dataset.source")
-    test: str = Field("", description="a single file or URI with the test rows, instead of --dataset.source")
+    train: Annotated[list[str], BeforeValidator(comma_separated)] = Field(
+        [], description="files, folders, globs or URIs with the training rows (A,B), instead of a source; repeatable"
+    )
+    test: Annotated[list[str], BeforeValidator(comma_separated)] = Field(
+        [],
+        description="files, folders, globs or URIs with the test rows (A,B), instead of a source; repeatable",
+    )
 
 
 class DatasetFormat(Extension, ABC):
@@ -59,7 +64,7 @@ class DatasetFormat(Extension, ABC):
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Tokens this format writes as `opening` or `closing`; each becomes one id of the tokenizer."""
     hub_files: ClassVar[Mapping[Split, str]] = {}
-    """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`), where there is one."""
+    """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`, or a glob), where there is one."""
     hub_id: ClassVar[str] = ""
     """The hub repository that is read when no source is given."""
 

@@ -14,6 +14,20 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def comma_separated(value: Any) -> Any:
+    """What a list is made of: `a,b` in YAML, a variable or a flag, or several of them where a flag is repeated.
+
+    >>> comma_separated("a, b"), comma_separated(["a,b", "c"])
+    (['a', 'b'], ['a', 'b', 'c'])
+    """
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    if isinstance(value, list | tuple):
+        parts = [comma_separated(item) if isinstance(item, str) else [item] for item in value]
+        return [item for part in parts for item in part]
+    return value
+
+
 class Options(BaseModel):
     """Base of all options: frozen, unknown keys are errors, every field has a description.
 

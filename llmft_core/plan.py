@@ -13,7 +13,7 @@ from llmft_core.catalog import Catalog, validated, validation_problems
 from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.extensions import ModelFamily, StorageBackend
 from llmft_core.hookspecs import KINDS
-from llmft_core.options import Options
+from llmft_core.options import Options, comma_separated
 from llmft_core.values import Precision
 
 SINGLE_KINDS = ("dataset", "storage", "strategy", "method")
@@ -32,10 +32,6 @@ def as_choices(value: Any) -> Any:
     """`tracker: jsonl` is short for `tracker: [{name: jsonl}]`."""
     values = value if isinstance(value, list) else [value]
     return [as_choice(item) for item in values]
-
-
-def _comma_separated(value: Any) -> Any:
-    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -77,6 +73,16 @@ class DataOptions(Options):
         "completion",
         min_length=1,
         description="what is trained: completion (what the format marks), all, or roles (ROLE,…)",
+    )
+    on_bad_row: Literal["error", "quarantine"] = Field(
+        "error",
+        description="what to do with rows that cannot be used: refuse to start, or set them aside and train the others",
+    )
+    max_bad_rows: float = Field(
+        0.01, ge=0, le=1, description="largest share of a split's rows that may be set aside; more is refused"
+    )
+    mix: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(comma_separated)] = Field(
+        [], description="passes of an epoch over each training source, in their order (2,0.5); default: one each"
     )
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the training rows kept for evaluation where there is no test split"
@@ -168,7 +174,7 @@ class RunPlan(Options):
     smoke_test: bool = Field(
         False, description="one optimizer step, one evaluation batch and a full checkpoint: proves the pipeline"
     )
-    disable_plugin: Annotated[list[str], BeforeValidator(_comma_separated)] = Field(
+    disable_plugin: Annotated[list[str], BeforeValidator(comma_separated)] = Field(
         [], description="do not load this plugin (entry, distribution or both joined by a colon); repeatable"
     )
 

@@ -251,9 +251,15 @@ def add_storage_flags(parser: argparse.ArgumentParser, catalog: Catalog, choices
 def _add_flag(group: Any, path: str, field: Any, *, hidden: bool = False) -> None:
     kind = type_name(field.annotation)
     default = default_text(field)
-    text = f"{field.description} [{default}]" if default not in ("none", '""', "required") else str(field.description)
+    text = (
+        f"{field.description} [{default}]"
+        if default not in ("none", '""', "[]", "required")
+        else str(field.description)
+    )
     settings: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS}
     settings["help"] = argparse.SUPPRESS if hidden else _escaped(text)
+    if kind.startswith("list of "):
+        settings["action"] = "append"
     if kind == "true or false":
         group.add_argument(f"--{path}", action=argparse.BooleanOptionalAction, **settings)
         return

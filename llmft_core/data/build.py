@@ -14,7 +14,7 @@ from typing import Any
 
 from llmft_core.data.encode import Encoder, TooLong
 from llmft_core.data.report import SHOWN, DataReport, Faults, SplitReport
-from llmft_core.data.sources import Source
+from llmft_core.data.sources import SplitSource
 from llmft_core.data.tables import ARRAYS, TokenTable, write_selection, writing
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import DatasetFormat, Split
@@ -69,7 +69,7 @@ class Build:
     dataset: DatasetFormat
     plan: RunPlan
     encoder: Encoder
-    sources: Mapping[Split, Source]
+    sources: Mapping[Split, SplitSource]
     digests: Mapping[Split, str]
     key: str
 
@@ -108,7 +108,7 @@ class Build:
             splits |= self._hold_out(draft, tallies["train"])
         return DataReport(self.key, _content_digest([draft / split for split in splits]), splits)
 
-    def _read_split(self, source: Source, digest: str, folder: Path, faults: Faults) -> _Tally:
+    def _read_split(self, source: SplitSource, digest: str, folder: Path, faults: Faults) -> _Tally:
         tally = _Tally()
         waiting: deque[Origin] = deque()  # origins of the conversations that are in the encoder
 

@@ -65,7 +65,7 @@ def prepare(
     """
     from filelock import FileLock
 
-    sources = find_sources(dataset, places)
+    sources = find_sources(dataset, places, plan.data.mix)
     fraction = plan.data.validation_fraction
     if "test" in sources and fraction > 0:
         raise InputError(

@@ -1,73 +1,44 @@
-"""Bytes → rows: JSON lines and parquet tables, with line numbers, and what is wrong with a line."""
+"""Bytes → rows: a line as a JSON object, and what is wrong with it or with a row of a table."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
 from llmft_core.values import RowProblem
 
 Row = dict[str, Any] | RowProblem
 
-CHUNK = 1 << 20  # bytes
-BOM = b"\xef\xbb\xbf"
+NUL = "holds the character NUL (\\u0000)"
+SURROGATE = "holds half of a surrogate pair (\\ud800…)"
 
-
-def digest_of(file: IO[bytes]) -> str:
-    """SHA-256 of the rest of a file, in hexadecimal."""
-    hasher = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        hasher.update(chunk)
-    return hasher.hexdigest()
+# what Python's reader says → what to do about it
+_MENDED = {
+    "Unterminated string starting at": "this string has no closing quote",
+    "Expecting ',' delimiter": 'a comma is missing here, or a quote in the text before is not written \\"',
+    "Expecting ':' delimiter": "a colon is missing here",
+    "Expecting value": "a value is missing here",
+    "Expecting property name enclosed in double quotes": "a key in double quotes is missing here",
+    "Illegal trailing comma before end of object": "this comma is one too many",
+    "Illegal trailing comma before end of array": "this comma is one too many",
+    "Invalid control character at": "a control character in a text must be escaped; a tab is \\t",
+    "Extra data": "something follows the object",
+}
 
 
 def row_digest(rows: Iterable[dict[str, Any]]) -> str:
     """SHA-256 of rows as JSON, a line each."""
     hasher = hashlib.sha256()
     for row in rows:
-        hasher.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+        hasher.update(canonical(row) + b"\n")
     return hasher.hexdigest()
 
 
-def jsonl_rows(file: IO[bytes], digest: str = "") -> Iterator[tuple[int, Row]]:
-    """(line from 1, row) for every line that is not blank. Raises OSError at the end where the bytes were not those
-    of `digest`: rows are cached under it, so they must be its rows."""
-    hasher = hashlib.sha256()
-    for number, line in enumerate(_lines(file, hasher), start=1):
-        text = line.removeprefix(BOM) if number == 1 else line
-        if text.strip():
-            yield number, parse_json_row(text)
-    if digest and hasher.hexdigest() != digest:
-        raise OSError("it was changed while it was read; try again")
-
-
-def _lines(file: IO[bytes], hasher: Any) -> Iterator[bytes]:
-    """Split at newlines only, as `wc -l` and editors count them, whatever kind of file object a store returns."""
-    rest = b""
-    while chunk := file.read(CHUNK):
-        hasher.update(chunk)
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def parquet_rows(file: IO[bytes]) -> Iterator[tuple[int, Row]]:
-    """(row from 1, row). Raises pyarrow's errors (ValueError, OSError) where it is no parquet file."""
-    from pyarrow import parquet
-
-    number = 0
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-class _RefusedError(ValueError):
-    """What Python's JSON reader accepts and we do not."""
+def canonical(row: dict[str, Any]) -> bytes:
+    """A row as JSON: equal for equal rows, however they were written."""
+    return json.dumps(row, sort_keys=True, default=repr).encode()
 
 
 def parse_json_row(line: bytes) -> Row:
@@ -76,45 +47,104 @@ def parse_json_row(line: bytes) -> Row:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         return RowProblem("", f"is not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    if "\0" in text:
+        column = text.index("\0") + 1
+        return RowProblem("", f"holds NUL bytes: the file is damaged, or not UTF-8 (column {column})")
+    if text.strip() in ("[", "{"):
+        return RowProblem("", "is not valid JSON: a row is one line, and this one does not end in its line (column 1)")
     try:
         row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        return RowProblem("", f"is not valid JSON: {error.msg} (column {error.colno})")
-    except _RefusedError as error:
-        field, reason = error.args
-        return RowProblem(field, reason)
+        return RowProblem("", f"is not valid JSON: {_MENDED.get(error.msg, error.msg)} (column {error.colno})")
+    except _GivenTwice:
+        return RowProblem(_given_twice(text), "is given twice")
+    except _NoNumber as error:
+        return RowProblem("", f"is not valid JSON: {error} is no JSON number")
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         return RowProblem("", f"is not usable JSON: {error}")
     if not isinstance(row, dict):
         return RowProblem("", f"is a JSON {_json_type(row)}, not an object ({{…}})")
-    if "\\ud" in text or "\\uD" in text:
-        return _without_lone_surrogates(row)
+    if "\\ud" in text or "\\uD" in text or "\\u0000" in text:
+        return checked(row)
     return row
+
+
+def checked(row: dict[str, Any]) -> Row:
+    """The row, or where in it a text is that no tokenizer takes. Half of a `\\ud83d\\ude00` pair is valid JSON but no
+    character."""
+    for path, text in _texts("", row):
+        if "\0" in text:
+            return RowProblem(path, NUL)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return RowProblem(path.encode("utf-8", "backslashreplace").decode(), SURROGATE)
+    return row
+
+
+def _texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every string in a value, keys too, with its path: `messages[2].content`."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            inner = f"{path}.{key}" if path else str(key)
+            if isinstance(key, str):
+                yield inner.replace("\0", "\\u0000"), key
+            yield from _texts(inner, item)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _texts(f"{path}[{number}]", item)
+
+
+class _GivenTwice(ValueError):
+    """An object with two equal keys: Python's reader would keep the last one."""
+
+
+class _NoNumber(ValueError):
+    """NaN or Infinity: Python's reader takes them."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise _RefusedError(twice, "is given twice")
+        raise _GivenTwice
     return row
 
 
+class _Pairs(list[tuple[str, Any]]):
+    """An object as its pairs."""
+
+
+def _given_twice(text: str) -> str:
+    """The path of the first key that its object has twice."""
+
+    def find(path: str, value: Any) -> str | None:
+        if isinstance(value, _Pairs):
+            seen = set()
+            for key, item in value:
+                inner = f"{path}.{key}" if path else key
+                if key in seen:
+                    return inner
+                seen.add(key)
+                found = find(inner, item)
+                if found is not None:
+                    return found
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                found = find(f"{path}[{number}]", item)
+                if found is not None:
+                    return found
+        return None
+
+    path = find("", json.loads(text, object_pairs_hook=_Pairs)) or ""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def _no_constant(name: str) -> Any:
-    raise _RefusedError("", f"is not valid JSON: {name} is no JSON number")
+    raise _NoNumber(name)
 
 
 def _json_type(value: Any) -> str:
     names = {"list": "array", "str": "string", "bool": "boolean", "NoneType": "null"}
     return names.get(type(value).__name__, "number")
-
-
-def _without_lone_surrogates(row: dict[str, Any]) -> Row:
-    """Half of a `\\ud83d\\ude00` pair is valid JSON but no character: no tokenizer takes it."""
-    for field, value in row.items():
-        try:
-            json.dumps([field, value], ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return RowProblem(field.encode("utf-8", "replace").decode(), "holds half of a surrogate pair (\\ud800…)")
-    return row

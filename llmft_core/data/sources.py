@@ -1,206 +1,271 @@
-"""Where the rows of a split come from: a folder, a file, a URI, the hub or a generator."""
+"""The rows of each split: files from folders, globs, URIs and the hub, or a generator; what a plan's words mean."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from llmft_core.data.hub import fetch_from_hub
-from llmft_core.data.rows import Row, digest_of, jsonl_rows, parquet_rows, row_digest
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.data.blocks import Block
+from llmft_core.data.files import SUFFIXES, FileSource, GeneratedSource, is_file, is_uri, place_of
+from llmft_core.data.hub import HUB_ID, HUB_SCHEME, fetch_from_hub, hub_names
+from llmft_core.data.names import expand, is_pattern, rows_of_split
+from llmft_core.data.rows import Row
+from llmft_core.errors import InputError
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
 from llmft_core.values import Origin
 
 if TYPE_CHECKING:
-    from llmft_core.storage.places import Place, Places
+    from llmft_core.storage.places import Places
 
 SPLITS: tuple[Split, ...] = ("train", "test")
-SUFFIXES = (".jsonl", ".parquet")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TYPES = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """A file with the rows of a split. `location` is where it is read from: a local path, or a URI; `name` is what
-    users see in `file:line`; `flag` is the flag that led here."""
+class SplitSource:
+    """The files of a split in their order, and how often an epoch passes over each (`--data.mix`; 1 unless given).
+    `name` is what reports call them, `flag` the flag that led here."""
 
     name: str
-    location: str
     flag: str
-    places: Places | None
-
-    def open(self) -> IO[bytes]:
-        """The file's bytes. Raises InputError where it cannot be opened."""
-        if is_uri(self.location):
-            from llmft_core.storage.transfer import open_read
-
-            return open_read(_place(self.places, self.location))
-        try:
-            return Path(self.location).open("rb")
-        except OSError as error:
-            raise self.unreadable(error) from error
-
-    def unreadable(self, error: Exception) -> InputError:
-        """A failure of the file system in the words of the flag."""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return InputError(f"{self.flag}: cannot read {self.name}: {reason}")
+    files: tuple[FileSource | GeneratedSource, ...]
+    weights: tuple[float, ...]
 
     def digest(self) -> str:
-        """SHA-256 of the bytes, in hexadecimal. Raises InputError where they cannot be read."""
-        with self.open() as file:
-            try:
-                return digest_of(file)
-            except OSError as error:
-                raise self.unreadable(error) from error
+        """SHA-256 that stands for the bytes of all files as they lie, in hexadecimal. Raises InputError where they
+        cannot be read."""
+        return joined_digest([file.digest() for file in self.files])
 
-    def rows(self, digest: str) -> Iterator[tuple[Origin, Row]]:
-        """Every row with its line number from 1; what is no row is a RowProblem. Raises InputError where the file
-        cannot be read, or where a .jsonl file no longer has this digest when its end is reached."""
-        with self.open() as file:
-            read = parquet_rows(file) if self.location.endswith(".parquet") else jsonl_rows(file, digest)
-            try:
-                for line, row in read:
-                    yield Origin(self.name, line), row
-            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-                raise self.unreadable(error) from error
+    def blocks(self, digest: str = "", digests: Sequence[str] = ()) -> Iterator[Block]:
+        """All rows, a block after another. Raises InputError where a file cannot be read, and at the end where the
+        bytes were not those of `digest`; `digests` are those of the files, where they are known."""
+        read = list(digests) or ([digest] if len(self.files) == 1 else [file.digest() for file in self.files])
+        if digest and joined_digest(read) != digest:
+            raise InputError(f"{self.flag}: {self.name} was changed while it was read; try again")
+        for index, file in enumerate(self.files):
+            yield from file.blocks(index, read[index])
 
+    def rows(self, digest: str = "") -> Iterator[tuple[Origin, Row]]:
+        """Every row with its origin; what is no row is a RowProblem. Raises as `blocks`."""
+        for block in self.blocks(digest):
+            for line, row in block.rows():
+                yield self.origin(block, line), row
 
-@dataclass(frozen=True)
-class GeneratedSource:
-    """Rows that a format makes up."""
+    def origin(self, block: Block, line: int) -> Origin:
+        """The name of a block's file, and a line of it."""
+        return Origin(self.files[block.file].name, line)
 
-    format: DatasetFormat
-    split: Split
-    flag: str = "--dataset"
-
-    @property
-    def name(self) -> str:
-        """`arithmetic:train`."""
-        return f"{self.format.name}:{self.split}"
-
-    def _generate(self) -> Iterator[dict[str, object]]:
-        rows = self.format.generate(self.split)
-        if rows is None:
-            raise LlmftError(f"dataset {self.format.name} generated {self.split} rows once and now does not")
-        return rows
-
-    def digest(self) -> str:
-        """SHA-256 of the rows as JSON."""
-        return row_digest(self._generate())
-
-    def rows(self, digest: str) -> Iterator[tuple[Origin, Row]]:
-        """The rows, numbered from 1. `digest` is not checked: they follow from the options alone."""
-        for number, row in enumerate(self._generate(), start=1):
-            yield Origin(self.name, number), row
+    def companion(self, name: str) -> bytes | None:
+        """A small file that lies beside the rows (`tokens.json`), or None where there is none. Raises InputError where
+        it cannot be read, and where files in several folders have different ones."""
+        found: dict[str, bytes] = {}
+        for file in self.files:
+            folder = file.name.rpartition("/")[0]
+            content = None if folder in found else file.companion(name)
+            if content is not None:
+                found[folder] = content
+        if len(set(found.values())) > 1:
+            folders = " and ".join(found)
+            raise InputError(f"{self.flag}: the {name} of {folders} differ: make them the same")
+        return next(iter(found.values()), None)
 
 
-Source = FileSource | GeneratedSource
+def joined_digest(digests: Sequence[str]) -> str:
+    """The digest of a split from those of its files: of a single one, its own."""
+    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()).hexdigest()
 
 
-def find_sources(dataset: DatasetFormat, places: Places | None) -> dict[Split, Source]:
-    """The sources of the splits; `test` only where there is one.
+def find_sources(dataset: DatasetFormat, places: Places | None, mix: Sequence[float] = ()) -> dict[Split, SplitSource]:
+    """The sources of the splits; `test` only where there is one. `mix`: passes of an epoch over each of the training
+    sources as they are given.
 
     Raises InputError, in one line that names the flag and what was looked for: no such folder or file, no training
-    rows in it, a file type that is not read, the hub out of reach.
+    rows in it, a file type that is not read, shards of which one is missing, the hub out of reach.
     """
-    generated: dict[Split, Source] = {
-        split: GeneratedSource(dataset, split) for split in SPLITS if dataset.generate(split) is not None
-    }
-    if "train" in generated:
-        return generated
+    made = {split: GeneratedSource(dataset, split) for split in SPLITS if dataset.generate(split) is not None}
+    if "train" in made:
+        _check_mix(mix, [made["train"].name])
+        return {split: SplitSource(one.name, one.flag, (one,), (1.0,)) for split, one in made.items()}
     options = dataset.options if isinstance(dataset.options, SourceOptions) else SourceOptions()
-    if options.train or options.test:
-        return _single_files(options, places)
-    if not options.source and not dataset.hub_id:
-        raise InputError(f"dataset {dataset.name} has no rows of its own: give them with --dataset.source FOLDER")
-    if options.source and is_uri(options.source):
-        return _in_folder(options.source, places)
-    if options.source and Path(options.source).expanduser().exists():
-        return _in_folder(options.source, places)
-    hub_id = options.source or dataset.hub_id
-    if not HUB_ID.fullmatch(hub_id):
-        raise InputError(
-            f"--dataset.source: there is no folder {options.source}, and it is no URI and no hub id (owner/name)"
-        )
-    return _on_hub(hub_id, dataset)
-
-
-def is_uri(location: str) -> bool:
-    """Whether it is written `scheme://…`."""
-    return "://" in location
-
-
-def _place(places: Places | None, uri: str) -> Place:
-    if places is None:
-        raise LlmftError(f"{uri} is read through a storage backend, and none is at hand here")
-    return places.place(uri)
-
-
-def _exists(location: str, places: Places | None) -> bool:
-    if not is_uri(location):
-        return Path(location).is_file()
-    from llmft_core.storage.transfer import exists
-
-    return exists(_place(places, location))
-
-
-def _single_files(options: SourceOptions, places: Places | None) -> dict[Split, Source]:
-    if options.source:
+    if options.source and (options.train or options.test):
         raise InputError(
             "--dataset.source and --dataset.train or --dataset.test: give the folder or the files, not both"
         )
-    if not options.train:
+    if options.test and not options.train:
         raise InputError("--dataset.test is given without training rows: add --dataset.train FILE")
-    found: dict[Split, Source] = {}
-    for split, name in zip(SPLITS, (options.train, options.test), strict=True):
-        if not name:
-            continue
-        flag, location = f"--dataset.{split}", name if is_uri(name) else str(Path(name).expanduser())
-        if not location.endswith(SUFFIXES):
-            raise InputError(f"{flag}: {name} is read neither as rows nor as a table: use a .jsonl or .parquet file")
-        if not _exists(location, places):
-            raise InputError(f"{flag}: there is no file {name}")
-        found[split] = FileSource(name, location, flag, places)
-    return found
+    if options.train:
+        found: dict[Split, SplitSource] = {}
+        for split, given in zip(SPLITS, (options.train, options.test), strict=True):
+            if given:
+                found[split] = _given(given, split, places, mix if split == "train" else ())
+        return found
+    files = _split_files(dataset, options.source, places)
+    _check_mix(mix, [options.source or dataset.hub_id])
+    weight = mix[0] if mix else 1.0
+    return {
+        split: _split_source(one, "--dataset.source", [weight if split == "train" else 1.0] * len(one))
+        for split, one in files.items()
+    }
 
 
-def _in_folder(folder: str, places: Places | None) -> dict[Split, Source]:
+def _split_source(files: Sequence[FileSource], flag: str, weights: Sequence[float], name: str = "") -> SplitSource:
+    first = files[0].name
+    name = first if len(files) == 1 else f"{name or first.rpartition('/')[0]} ({len(files)} files)"
+    return SplitSource(name, flag, tuple(files), tuple(weights))
+
+
+def _check_mix(mix: Sequence[float], given: Sequence[str]) -> None:
+    if mix and len(mix) != len(given):
+        raise InputError(
+            f"--data.mix: gives {len(mix)} weights for {len(given)} training sources ({', '.join(given)}): one each, "
+            "in their order"
+        )
+
+
+def _split_files(dataset: DatasetFormat, source: str, places: Places | None) -> dict[Split, list[FileSource]]:
+    """What `--dataset.source` means, or the format's own hub repository."""
+    if not source and not dataset.hub_id:
+        raise InputError(f"dataset {dataset.name} has no rows of its own: give them with --dataset.source FOLDER")
+    if source.startswith(HUB_SCHEME):
+        return _on_hub(source.removeprefix(HUB_SCHEME), dataset)
+    if source and (is_uri(source) or Path(source).expanduser().exists()):
+        return _in_folder(source, places)
+    hub_id = source or dataset.hub_id
+    if not HUB_ID.fullmatch(hub_id):
+        raise InputError(f"--dataset.source: there is no folder {source}, and it is no URI and no hub id (owner/name)")
+    return _on_hub(hub_id, dataset)
+
+
+def _in_folder(folder: str, places: Places | None) -> dict[Split, list[FileSource]]:
     flag = "--dataset.source"
-    location = folder.rstrip("/") if is_uri(folder) else str(Path(folder).expanduser())
-    if not is_uri(folder) and not Path(location).is_dir():
+    if not is_uri(folder) and not Path(folder).expanduser().is_dir():
         raise InputError(f"{flag}: {folder} is a file: give the folder it lies in, or the file with --dataset.train")
-    found: dict[Split, Source] = {}
+    names = _names_in(folder, places)
+    found: dict[Split, list[FileSource]] = {}
     for split in SPLITS:
-        names = [f"{split}{suffix}" for suffix in SUFFIXES if _exists(f"{location}/{split}{suffix}", places)]
-        if len(names) > 1:
-            raise InputError(f"{flag}: {folder} has {' and '.join(names)}: choose one with --dataset.{split} FILE")
-        for name in names:
-            found[split] = FileSource(f"{folder.rstrip('/')}/{name}", f"{location}/{name}", flag, places)
+        if chosen := rows_of_split(names, split, f"{flag}: {folder}"):
+            found[split] = [_beside(folder, name, flag, places) for name in chosen]
     if "train" not in found:
-        raise InputError(f"{flag}: {folder} has no train.jsonl and no train.parquet; name a file with --dataset.train")
+        kinds = ", no ".join(f"train{suffix}" for suffix in SUFFIXES)
+        raise InputError(f"{flag}: {folder} has no {kinds} and no shards of one; name a file with --dataset.train")
     return found
 
 
-def _on_hub(hub_id: str, dataset: DatasetFormat) -> dict[Split, Source]:
-    """The format's own repository has the files it says; another one has those, or what a folder would have."""
-    found: dict[Split, Source] = {}
+def _names_in(folder: str, places: Places | None) -> list[str]:
+    """Names of the files that lie directly in a folder."""
+    if is_uri(folder):
+        from llmft_core.storage.transfer import list_names
+
+        return [name for name in list_names(place_of(places, folder)) if not name.endswith("/")]
+    return sorted(path.name for path in Path(folder).expanduser().iterdir() if path.is_file())
+
+
+def _beside(folder: str, name: str, flag: str, places: Places | None) -> FileSource:
+    location = folder.rstrip("/") if is_uri(folder) else str(Path(folder).expanduser())
+    return FileSource(f"{folder.rstrip('/')}/{name}", f"{location}/{name}", flag, places)
+
+
+def _given(given: Sequence[str], split: Split, places: Places | None, mix: Sequence[float]) -> SplitSource:
+    """What `--dataset.train A,B` or `--dataset.test A,B` means."""
+    flag = f"--dataset.{split}"
+    _check_mix(mix, given)
+    files: list[FileSource] = []
+    weights: list[float] = []
+    for number, item in enumerate(given):
+        more = _files_of(item, split, flag, places)
+        files += more
+        weights += [mix[number] if mix else 1.0] * len(more)
+    seen: set[str] = set()
+    for file in files:
+        if file.location in seen:
+            raise InputError(f"{flag}: {file.name} is given twice: --data.mix says how often an epoch passes over it")
+        seen.add(file.location)
+    return _split_source(files, flag, weights, ", ".join(given))
+
+
+def _files_of(item: str, split: Split, flag: str, places: Places | None) -> list[FileSource]:
+    """A file, a glob, a folder, or `hf://datasets/OWNER/NAME/PATH`."""
+    if item.startswith(HUB_SCHEME):
+        return _hub_path(item.removeprefix(HUB_SCHEME), flag)
+    location = item if is_uri(item) else str(Path(item).expanduser())
+    if is_pattern(item) and (is_uri(item) or not Path(location).exists()):
+        matches = expand(location, places)
+        wrong = next((match for match in matches if not match.endswith(SUFFIXES)), None)
+        if wrong is not None:
+            raise InputError(f"{flag}: {item} matches {wrong}, which is no {TYPES} file: write a narrower pattern")
+        if not matches:
+            raise InputError(f"{flag}: no file matches {item}")
+        return [FileSource(match, match, flag, places) for match in matches]
+    if item.endswith(SUFFIXES) and is_file(location, places):
+        return [FileSource(item, location, flag, places)]
+    if (is_uri(item) and not item.endswith(SUFFIXES)) or Path(location).is_dir():
+        names = _names_in(item, places)
+        whose = f"{flag}: {item}"
+        others = any(rows_of_split(names, other, whose) for other in SPLITS if other != split)
+        chosen = rows_of_split(names, split, whose)
+        if not chosen and not others:
+            chosen = [name for name in names if name.endswith(SUFFIXES)]
+        if not chosen:
+            raise InputError(f"{whose} is no file with rows and no folder with {split} rows ({TYPES})")
+        return [_beside(item, name, flag, places) for name in chosen]
+    if not is_file(location, places):
+        raise InputError(f"{flag}: there is no file {item}")
+    raise InputError(f"{flag}: {item} is read neither as rows nor as a table: use a {TYPES} file")
+
+
+def _hub_path(given: str, flag: str) -> list[FileSource]:
+    """`OWNER/NAME/PATH` in a hub repository; the path may be a glob."""
+    owner, _, rest = given.partition("/")
+    name, _, path = rest.partition("/")
+    hub_id = f"{owner}/{name}"
+    if not HUB_ID.fullmatch(hub_id) or not path:
+        raise InputError(f"{flag}: {HUB_SCHEME}{given}: write {HUB_SCHEME}OWNER/NAME/PATH-OF-A-FILE")
+    paths = [path]
+    if is_pattern(path):
+        names, whole = hub_names(hub_id)
+        if not whole:
+            raise InputError(f"{flag}: {HUB_SCHEME}{given}: which files match is not known without the hub: name them")
+        paths = expand(path, None, names)
+    found = [_from_hub(hub_id, one, flag) for one in paths if one.endswith(SUFFIXES)]
+    files = [file for file in found if file is not None]
+    if not files or len(files) < len(paths):
+        raise InputError(f"{flag}: the hub repository {hub_id} has no {TYPES} file {path}")
+    return files
+
+
+def _from_hub(hub_id: str, path: str, flag: str) -> FileSource | None:
+    local = fetch_from_hub(hub_id, path)
+    return FileSource(f"{HUB_SCHEME}{hub_id}/{path}", str(local), flag, None, (hub_id, path)) if local else None
+
+
+def _on_hub(hub_id: str, dataset: DatasetFormat) -> dict[Split, list[FileSource]]:
+    """The format's own repository has the files it says; another one has those, or what a folder would have, in its
+    root or in `data/`."""
+    flag = "--dataset.source"
+    if hub_id == dataset.hub_id and dataset.hub_files:
+        return {split: _hub_path(f"{hub_id}/{path}", flag) for split, path in dataset.hub_files.items()}
+    names, whole = hub_names(hub_id)
+    found: dict[Split, list[FileSource]] = {}
     for split in SPLITS:
-        declared = [dataset.hub_files[split]] if split in dataset.hub_files else []
-        own = hub_id == dataset.hub_id and bool(dataset.hub_files)
-        candidates = declared if own else declared + [f"{split}{suffix}" for suffix in SUFFIXES]
-        for candidate in candidates:
-            path = fetch_from_hub(hub_id, candidate)
-            if path:
-                name = f"hf://datasets/{hub_id}/{candidate}"
-                found[split] = FileSource(name, str(path), "--dataset.source", None)
-                break
-        else:
-            if split == "train" or (own and declared):
-                raise InputError(
-                    f"--dataset.source: the hub repository {hub_id} has no {' and no '.join(candidates)}; "
-                    "give a folder with --dataset.source FOLDER"
-                )
+        paths = expand(dataset.hub_files[split], None, names) if split in dataset.hub_files else []
+        for folder in ("", "data/"):
+            if not paths:
+                inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+                paths = [folder + name for name in rows_of_split(inside, split, f"{flag}: {hub_id}")]
+        if not whole and not paths:
+            raise InputError(
+                f"{flag}: which {split} files {hub_id} has is not known without the hub: name what the cache has with "
+                f"--dataset.train {HUB_SCHEME}{hub_id}/PATH, or give a folder with --dataset.source FOLDER"
+            )
+        files = [_from_hub(hub_id, path, flag) for path in paths]
+        if paths:
+            found[split] = [file for file in files if file is not None]
+    if "train" not in found:
+        raise InputError(
+            f"{flag}: the hub repository {hub_id} has no train file ({TYPES}) in its root or in data/: name one with "
+            f"--dataset.train {HUB_SCHEME}{hub_id}/PATH, or give a folder with --dataset.source FOLDER"
+        )
     return found

@@ -328,7 +328,7 @@ def test_all_problems_of_all_splits_together(bench: Bench) -> None:
     train, test = f"{bench.source}/train.jsonl", f"{bench.source}/test.jsonl"
     assert str(caught.value).split("\n") == [
         "4 of 7 rows cannot be used; mend or remove them:",
-        f"{train}:3: is not valid JSON: Unterminated string starting at (column 7)",
+        f"{train}:3: is not valid JSON: this string has no closing quote (column 7)",
         f"{train}:4: a: is missing or no text",
         f"{train}:6: is a JSON array, not an object ({{…}})",
         f"{test}:1: q: is missing or no text",

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmft_core import Conversation, DatasetFormat, InputError, Options, RowProblem, SourceOptions, Split
+from llmft_core.data.blocks import cut_lines
 from llmft_core.data.hub import fetch_from_hub
-from llmft_core.data.rows import jsonl_rows, parse_json_row
-from llmft_core.data.sources import Source, find_sources
+from llmft_core.data.rows import Row, parse_json_row
+from llmft_core.data.sources import SplitSource, find_sources
 
 
 class Plain(DatasetFormat):
@@ -46,11 +47,16 @@ class Made(Plain):
         return iter([{"n": 1}, {"n": 2}]) if split == "train" else None
 
 
-def plain(**options: str) -> Plain:
+def plain(**options: Any) -> Plain:
     return Plain(SourceOptions.model_validate(options))
 
 
-def rows_of(source: Source) -> list[tuple[str, Any]]:
+def jsonl_rows(file: io.BytesIO) -> Iterator[tuple[int, Row]]:
+    for block in cut_lines(0, file):
+        yield from block.rows()
+
+
+def rows_of(source: SplitSource) -> list[tuple[str, Any]]:
     return [(str(origin), row) for origin, row in source.rows(source.digest())]
 
 
@@ -80,7 +86,10 @@ def test_every_line_is_a_row_a_problem_or_blank(lines: list[bytes]) -> None:
     assert all(isinstance(row, dict | RowProblem) for row in found.values())
 
 
-@given(st.dictionaries(st.text(), st.recursive(st.integers() | st.text() | st.none(), st.lists, max_leaves=5)))
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+
+
+@given(st.dictionaries(texts, st.recursive(st.integers() | texts | st.none(), st.lists, max_leaves=5)))
 def test_whatever_json_writes_is_read_back(row: dict[str, Any]) -> None:
     assert parse_json_row(json.dumps(row).encode()) == row
     assert parse_json_row(json.dumps(row, ensure_ascii=False).encode()) == row
@@ -89,9 +98,9 @@ def test_whatever_json_writes_is_read_back(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("line", "field", "reason"),
     [
-        (b'{"question": "How many?', "", "Unterminated string"),
+        (b'{"question": "How many?', "", "this string has no closing quote (column 14)"),
         (b'{"a": 1, "a": 2}', "a", "given twice"),
-        (b'{"a": {"b": 1, "b": 2}}', "b", "given twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "a.b", "given twice"),
         (b'{"a": "\xff"}', "", "not UTF-8: byte 0xff at position 8"),
         (b"[1]", "", "is a JSON array, not an object"),
         (b'"text"', "", "is a JSON string"),
@@ -185,14 +194,17 @@ def test_generated_rows() -> None:
         ({}, "dataset plain has no rows of its own: give them with --dataset.source FOLDER"),
         ({"source": "nowhere"}, "--dataset.source: there is no folder nowhere, and it is no URI and no hub id"),
         ({"source": "./no/where"}, "there is no folder ./no/where"),
-        ({"source": "empty"}, "--dataset.source: empty has no train.jsonl and no train.parquet"),
-        ({"source": "double"}, "double has train.jsonl and train.parquet: choose one with --dataset.train FILE"),
+        (
+            {"source": "empty"},
+            "empty has no train.jsonl, no train.jsonl.gz, no train.jsonl.zst, no train.parquet and no shards of one",
+        ),
+        ({"source": "double"}, "double has train.jsonl and train.parquet: choose with --dataset.train FILE"),
         (
             {"source": "rows.jsonl"},
             "rows.jsonl is a file: give the folder it lies in, or the file with --dataset.train",
         ),
         ({"train": "no.jsonl"}, "--dataset.train: there is no file no.jsonl"),
-        ({"train": "rows.csv"}, "use a .jsonl or .parquet file"),
+        ({"train": "rows.csv"}, "use a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file"),
         ({"test": "rows.jsonl"}, "add --dataset.train FILE"),
         ({"train": "rows.jsonl", "source": "empty"}, "not both"),
         ({"train": "rows.jsonl", "test": "no.jsonl"}, "--dataset.test: there is no file no.jsonl"),
@@ -219,7 +231,7 @@ def test_what_is_no_parquet_and_what_changes_while_it_is_read(tmp_path: Path) ->
         rows_of(find_sources(plain(source=str(tmp_path)), None)["train"])
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
     source = find_sources(plain(train=str(tmp_path / "rows.jsonl")), None)["train"]
-    with pytest.raises(InputError, match=r"--dataset.train: cannot read .*changed while it was read"):
+    with pytest.raises(InputError, match=r"--dataset.train: .*rows.jsonl was changed while it was read; try again"):
         list(source.rows("0" * 64))
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(InputError, match=r"--dataset.train: cannot read .*: No such file"):
@@ -235,7 +247,13 @@ def stub_hub(files: Mapping[str, bytes]) -> Iterator[str]:
 
     class Hub(BaseHTTPRequestHandler):
         def answer(self, body: bool) -> None:
-            content = files.get(self.path)
+            path = self.path.partition("?")[0]
+            content = files.get(path)
+            if path.startswith("/api/datasets/") and path.endswith("/tree/main"):
+                base = f"{path.removeprefix('/api').removesuffix('/tree/main')}/resolve/main/"
+                inside = [name.removeprefix(base) for name in files if name.startswith(base)]
+                listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in inside]
+                content = json.dumps(listed).encode() if listed else None
             self.send_response(200 if content is not None else 404)
             if content is None:
                 known = any(path.split("/resolve/")[0] == self.path.split("/resolve/")[0] for path in files)
