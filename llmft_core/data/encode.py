@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -92,6 +92,21 @@ class EncoderRecipe:
             tuple(tags),
         )
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that `train_on` names, if it names any."""
+        return frozenset({role.strip() for role in self.train_on.split(",")} - {"", "all", "completion"})
+
+    def check_roles(self, seen: Set[str]) -> None:
+        """`seen` are the roles of all rows: raises InputError where `train_on` names another one."""
+        unknown = sorted(self.roles - seen)
+        if unknown and seen:
+            existing = sorted(seen)
+            raise InputError(
+                f"--data.train-on: no row has the role {unknown[0]}{close_match(unknown[0], existing)}; "
+                f"there are {', '.join(existing)}; `completion` trains what the dataset format marks, `all` everything"
+            )
+
 
 @dataclass
 class _Layout:
@@ -153,8 +168,9 @@ class Encoder:
         from tokenizers import AddedToken, Tokenizer
 
         self.recipe = recipe
-        self.roles = {role.strip() for role in recipe.train_on.split(",")} - {"", "all", "completion"}
+        self._roles = recipe.roles
         self.seen_roles: set[str] = set()
+        self.seen_tags: set[str] = set()
         # Random, so that no text holds it; it never reaches a result.
         self._anchor = f"\ue000{secrets.token_hex(16)}\ue001"
         plain = json.loads(recipe.tokenizer)
@@ -167,7 +183,7 @@ class Encoder:
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._plain.add_tokens([AddedToken(self._anchor, special=False, normalized=False)])
         self._plain.encode_special_tokens = True
-        self._anchor_id = self._plain.token_to_id(self._anchor)
+        self._anchor_id: int = self._plain.token_to_id(self._anchor) or 0  # never 0: it was just added
         self._ids: dict[str, int] = {}  # tag → id
         self._never = {token["id"]: token["content"] for token in added if token["special"]}
         self._never.pop(recipe.unknown_id, None)
@@ -208,8 +224,8 @@ class Encoder:
         anchors = np.flatnonzero(ids == self._anchor_id)
         if len(anchors) != len(layout.tokens):
             raise LlmftError(
-                f"the tokenizer gave {len(anchors)} tokens where {len(layout.tokens)} were to be: two of its tokens have "
-                "one id; give another with --model.tokenizer FOLDER"
+                f"the tokenizer gave {len(anchors)} tokens where {len(layout.tokens)} were to be: two of its tokens "
+                "have one id; give another with --model.tokenizer FOLDER"
             )
         starts = anchors[layout.first_anchors]
         problems: dict[int, RowProblem] = {}
@@ -225,20 +241,10 @@ class Encoder:
         starts = (np.cumsum(there) - there)[starts]  # the same places, counted without what stands for nothing
         return self._fitted(ids[there], trained[there], starts, problems)
 
-    def check_roles(self) -> None:
-        """After the last row: raises InputError where `train_on` names a role that no row has."""
-        unknown = sorted(self.roles - self.seen_roles)
-        if unknown and self.seen_roles:
-            existing = sorted(self.seen_roles)
-            raise InputError(
-                f"--data.train-on: no row has the role {unknown[0]}{close_match(unknown[0], existing)}; "
-                f"there are {', '.join(existing)}; `completion` trains what the dataset format marks, `all` everything"
-            )
-
     def _trained(self, message: Message) -> bool:
         if self.recipe.train_on == "completion":
             return message.trained
-        return self.recipe.train_on == "all" or message.role in self.roles
+        return self.recipe.train_on == "all" or message.role in self._roles
 
     def _laid_out(self, conversations: Sequence[Conversation]) -> _Layout:
         everything = self.recipe.train_on == "all"
@@ -311,6 +317,7 @@ class Encoder:
         return EncodedBatch(ids[wanted], trained[wanted], lengths[is_kept], np.flatnonzero(is_kept), problems, too_long)
 
     def _id(self, tag: str) -> int:
+        self.seen_tags.add(tag)
         if tag not in self._ids:
             known = self._plain.token_to_id(tag)
             if known is None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft_core.data.build import Build, refuse_loss
-from llmft_core.data.encode import ENCODER_VERSION, Encoder
+from llmft_core.data.build import Build, content_digest, refuse_loss
+from llmft_core.data.digests import Digests
+from llmft_core.data.encode import ENCODER_VERSION, EncoderRecipe
 from llmft_core.data.report import DataReport, SplitReport
-from llmft_core.data.sources import find_sources
+from llmft_core.data.sources import SplitSource, find_sources, joined_digest
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
@@ -44,13 +45,26 @@ class PreparedData:
         """From the folder alone, as workers do. Raises LlmftError where it is not whole."""
         try:
             report = DataReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-            tables = {split: TokenTable(folder / split, one.source) for split, one in report.splits.items()}
+            tables = {split: TokenTable(folder / split, one.files) for split, one in report.splits.items()}
+            for split, table in tables.items():
+                if len(table) != report.splits[split].rows:
+                    raise ValueError(f"{split} has {len(table)} rows, not {report.splits[split].rows}")
             return cls(folder, report, tables["train"], tables.get("test"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LlmftError(
-                f"the token cache {folder} is damaged ({type(error).__name__}: {error}): remove that folder and start "
-                "again, and it is made anew"
-            ) from error
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+    def verify(self) -> None:
+        """Reads all tokens and labels. Raises LlmftError where they are not those that were written."""
+        tables = {"train": self.train, "test": self.test}
+        found = {split: table.digest() for split in self.report.splits if (table := tables[split]) is not None}
+        if content_digest(found) != self.report.content_digest:
+            raise _damaged(self.folder, "its tokens are not those that were written")
+
+
+def _damaged(folder: Path, why: str) -> LlmftError:
+    return LlmftError(
+        f"the token cache {folder} is damaged ({why}): remove that folder and start again, and it is made anew"
+    )
 
 
 def prepare(
@@ -72,53 +86,64 @@ def prepare(
             f"--data.validation-fraction {fraction:g}: there are test rows already ({sources['test'].name}); leave it "
             "out, or give the training rows alone with --dataset.train FILE"
         )
-    encoder = Encoder(
+    recipe = EncoderRecipe.of(
         tokenizer, plan.data.train_on, plan.context_length, plan.data.on_long, tags=dataset.special_tokens
     )
-    digests = {split: source.digest() for split, source in sources.items()}
-    key = cache_key(dataset, plan, encoder, fingerprint, digests)
+    try:
+        memory = Digests(cache / "digests")
+        digests = {
+            split: [memory.of(file, again=plan.data.rehash) for file in source.files]
+            for split, source in sources.items()
+        }
+    except OSError as error:
+        raise _unwritable(cache, error) from error
+    key = cache_key(dataset, plan, recipe, fingerprint, digests)
     folder = cache / "data" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
             if not folder.exists():
-                Build(dataset, plan, encoder, sources, digests, key).write(folder)
+                Build(dataset, plan, recipe, sources, digests, key).write(folder)
     except OSError as error:  # the sources' own errors are InputErrors already
-        raise LlmftError(
-            f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
-            "that is yours and has room"
-        ) from error
-    data = PreparedData.open(folder)
-    # The same bytes may have been read from elsewhere the first time.
-    names = {split: sources.get(split, sources["train"]).name for split in data.report.splits}
-    splits = {split: _renamed(one, names[split]) for split, one in data.report.splits.items()}
-    data.train.source = names["train"]
-    if data.test is not None:
-        data.test.source = names["test"]
+        raise _unwritable(folder.parent, error) from error
+    data = _renamed(PreparedData.open(folder), sources)
+    if plan.data.rehash:
+        data.verify()
+    splits = data.report.splits
     for split in sources:
         # Rows held out of the training rows are no source of their own.
         parts = list(splits.values()) if fraction > 0 else [splits[split]]
         read, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
         refuse_loss(split, read, dropped, cut, max(part.longest_read for part in parts), plan)
-    return replace(data, report=replace(data.report, splits=splits))
+    return data
+
+
+def _unwritable(folder: Path, error: OSError) -> LlmftError:
+    return LlmftError(
+        f"cannot write the token cache {folder}: {error.strerror or error}; set LLMFT_CACHE to a folder that is yours "
+        "and has room"
+    )
 
 
 def cache_key(
-    dataset: DatasetFormat, plan: RunPlan, encoder: Encoder, fingerprint: str, digests: Mapping[Split, str]
+    dataset: DatasetFormat,
+    plan: RunPlan,
+    recipe: EncoderRecipe,
+    fingerprint: str,
+    digests: Mapping[Split, Sequence[str]],
 ) -> str:
     """SHA-256 of all that the tables depend on: what is read, by which code, with which tokenizer and options. Not
     where it is read from."""
     options = dataset.options.model_dump(mode="json", by_alias=True)
     if isinstance(dataset.options, SourceOptions):
         options = {name: value for name, value in options.items() if name not in ("source", "train", "test")}
-    backend = encoder.tokenizer.backend_tokenizer
     fraction = plan.data.validation_fraction
     parts = {
         "encoder": ENCODER_VERSION,
-        "sources": dict(digests),
+        "sources": {split: joined_digest(each) for split, each in digests.items()},
         "format": [dataset.name, options, _code_digest(type(dataset))],
-        "tokenizer": [fingerprint, encoder.start, encoder.tokenizer.eos_token_id],
-        "tags": {tag: backend.token_to_id(tag) for tag in dataset.special_tokens},
+        "tokenizer": [fingerprint, hashlib.sha256(recipe.tokenizer.encode()).hexdigest(), recipe.start, recipe.end_id],
+        "tags": recipe.tags,
         "train-on": plan.data.train_on,
         "context-length": plan.context_length,
         "on-long": plan.data.on_long,
@@ -137,8 +162,26 @@ def _code_digest(format_type: type[DatasetFormat]) -> str:
     return hasher.hexdigest()
 
 
-def _renamed(one: SplitReport, source: str) -> SplitReport:
-    def moved(origins: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"{source}:{origin.rpartition(':')[2]}" for origin in origins)
+def _renamed(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
+    """The same with today's names of the files: the same bytes may have been read from elsewhere the first time."""
+    splits: dict[Split, SplitReport] = {}
+    for split, one in data.report.splits.items():
+        source = sources.get(split, sources["train"])
+        files = tuple(file.name for file in source.files)
+        names = dict(zip(one.files, files, strict=True))
 
-    return replace(one, source=source, dropped_origins=moved(one.dropped_origins), cut_origins=moved(one.cut_origins))
+        def moved(origins: tuple[str, ...], names: Mapping[str, str] = names) -> tuple[str, ...]:
+            parts = (origin.rpartition(":") for origin in origins)
+            return tuple(f"{names[name]}:{line}" for name, _, line in parts)
+
+        splits[split] = replace(
+            one,
+            source=source.name,
+            files=files,
+            dropped_origins=moved(one.dropped_origins),
+            cut_origins=moved(one.cut_origins),
+        )
+    data.train.sources = splits["train"].files
+    if data.test is not None:
+        data.test.sources = splits["test"].files
+    return replace(data, report=replace(data.report, splits=splits))

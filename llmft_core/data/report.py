@@ -20,6 +20,7 @@ class SplitReport:
     """One split. `rows_read = rows + dropped`; `cut` rows are among `rows`. Token counts are of the rows kept."""
 
     source: str
+    files: tuple[str, ...]  # their names, in the order in which the table counts them
     source_digest: str  # SHA-256 of the file, or of the generated rows
     rows_read: int
     rows: int
@@ -50,7 +51,7 @@ class DataReport:
         for split in ("train", "test"):
             if split in data["splits"]:
                 values = dict(data["splits"][split])
-                for name in ("dropped_origins", "cut_origins"):
+                for name in ("files", "dropped_origins", "cut_origins"):
                     values[name] = tuple(values[name])
                 splits[split] = SplitReport(**values)
         return cls(data["digest"], data["content_digest"], splits)

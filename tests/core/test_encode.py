@@ -205,12 +205,12 @@ def test_roles(train_on: str, expected: str) -> None:
 
 def test_a_role_that_no_row_has(tokenizer: Any) -> None:
     encoder = Encoder(EncoderRecipe.of(tokenizer, "user,asistant", 100, "drop"))
-    encoder.check_roles()  # nothing read yet
+    encoder.recipe.check_roles(set())  # nothing read yet
     list(encoder.encode_many([question_answer("a", "b")]))
     with pytest.raises(
         InputError, match=r"--data.train-on: no row has the role asistant \(did you mean assistant\?\); there are"
     ):
-        encoder.check_roles()
+        encoder.recipe.check_roles(encoder.seen_roles)
 
 
 def test_a_trained_end_without_a_tag_gets_the_end_token(tokenizer: Any) -> None:
