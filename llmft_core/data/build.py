@@ -10,13 +10,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from llmft_core.data.blocks import Block
+from llmft_core.data.checks import bom_finding, parse_row, table_findings, token_findings
 from llmft_core.data.encode import Encoder, TooLong
-from llmft_core.data.report import SHOWN, DataReport, Faults, SplitReport
+from llmft_core.data.faults import SHOWN, Faults
+from llmft_core.data.quarantine import Quarantine
+from llmft_core.data.repeats import RowHashes, row_hash
+from llmft_core.data.report import DataReport, Finding, SplitReport
 from llmft_core.data.sources import SplitSource
 from llmft_core.data.tables import ARRAYS, TokenTable, write_selection, writing
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError
 from llmft_core.extensions import DatasetFormat, Split
 from llmft_core.plan import RunPlan
 from llmft_core.values import Conversation, Origin, RowProblem
@@ -57,7 +61,9 @@ class _Tally:
     """Counts of one split while it is read."""
 
     read: int = 0
+    bad: int = 0
     longest: int = 0  # tokens
+    warnings: list[Finding] = field(default_factory=list)
     dropped: list[Origin] = field(default_factory=list)
     cut: list[Origin] = field(default_factory=list)
 
@@ -72,6 +78,8 @@ class Build:
     sources: Mapping[Split, SplitSource]
     digests: Mapping[Split, str]
     key: str
+    quarantine: Path
+    """The file in which all rows will lie that cannot be used."""
 
     def write(self, folder: Path) -> None:
         """All or nothing: the folder appears under its name when it is complete."""
@@ -89,44 +97,72 @@ class Build:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _tables(self, draft: Path) -> DataReport:
-        faults = Faults()
-        tallies = {
-            split: self._read_split(source, self.digests[split], draft / split, faults)
-            for split, source in self.sources.items()
-        }
-        self.encoder.check_roles()  # before the rows: a misspelt role makes every row one in which nothing is trained
-        faults.raise_any(sum(tally.read for tally in tallies.values()))
+        aside = Quarantine(self.quarantine)
+        faults, hashes = Faults(aside), RowHashes()
+        try:
+            tallies = {split: self._read_split(split, draft / split, faults, hashes) for split in self.sources}
+            self.encoder.check_roles()  # before the rows: with a misspelt role nothing is trained in any of them
+            aside.finish()
+        finally:
+            aside.discard()
+        bad_rows = faults.bad_rows
+        bad_rows.refuse({split: (one.read, one.bad) for split, one in tallies.items()}, self.plan.data, self.quarantine)
         for split, tally in tallies.items():
             if not tally.read:
                 source = self.sources[split]
                 raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
             refuse_loss(split, tally.read, len(tally.dropped), len(tally.cut), tally.longest, self.plan)
+            if tally.read == tally.bad + len(tally.dropped):
+                raise InputError(
+                    f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
+                    f"{len(tally.dropped)} are longer than --context-length {self.plan.context_length}"
+                )
+        repeats, shared = hashes.findings()
+        tokens = {token: self.encoder.tokenizer.convert_tokens_to_ids(token) for token in self.dataset.special_tokens}
+        for split, tally in tallies.items():
+            table = TokenTable(draft / split, self.sources[split].name)
+            tally.warnings += [*table_findings(table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
         splits: dict[Split, SplitReport] = {}
         for split, tally in tallies.items():
             splits[split] = self._report(split, TokenTable(draft / split), tally)
         if self.plan.data.validation_fraction > 0:
             splits |= self._hold_out(draft, tallies["train"])
-        return DataReport(self.key, _content_digest([draft / split for split in splits]), splits)
+        content = _content_digest([draft / split for split in splits])
+        warnings = (*token_findings(self.encoder.tokenizer, tokens), *shared)
+        return DataReport(self.key, content, splits, bad_rows, warnings)
 
-    def _read_split(self, source: SplitSource, digest: str, folder: Path, faults: Faults) -> _Tally:
-        tally = _Tally()
-        waiting: deque[Origin] = deque()  # origins of the conversations that are in the encoder
+    def _read_split(self, split: Split, folder: Path, faults: Faults, hashes: RowHashes) -> _Tally:
+        source, tally = self.sources[split], _Tally()
+        waiting: deque[tuple[Block, Origin]] = deque()  # of the conversations that are in the encoder
+
+        def refused(block: Block, origin: Origin, problem: RowProblem) -> None:
+            tally.bad += 1
+            faults.add(origin, problem, block.raw(origin.line))
 
         def conversations() -> Iterator[Conversation]:
-            for origin, row in source.rows(digest):
-                tally.read += 1
-                parsed = row if isinstance(row, RowProblem) else self._parse(origin, row)
-                if isinstance(parsed, RowProblem):
-                    faults.add(origin, parsed)
-                else:
-                    waiting.append(origin)
+            for block in source.blocks(self.digests[split]):
+                if block.bom:
+                    tally.warnings.append(bom_finding(source.files[block.file].name))
+                lines, found = [], []
+                for line, row in block.rows():
+                    tally.read += 1
+                    origin = source.origin(block, line)
+                    parsed = row if isinstance(row, RowProblem) else parse_row(self.dataset, row, origin)
+                    if isinstance(parsed, RowProblem):
+                        refused(block, origin, parsed)
+                        continue
+                    if not isinstance(row, RowProblem):
+                        lines.append(line)
+                        found.append(row_hash(row))
+                    waiting.append((block, origin))
                     yield parsed
+                hashes.add(split, source.files[block.file].name, lines, found)
 
         with writing(folder) as table:
             for encoded in self.encoder.encode_many(conversations()):
-                origin = waiting.popleft()
+                block, origin = waiting.popleft()
                 if isinstance(encoded, RowProblem):
-                    faults.add(origin, encoded)
+                    refused(block, origin, encoded)
                     continue
                 example = encoded.kept if isinstance(encoded, TooLong) else encoded
                 tokens = encoded.tokens if isinstance(encoded, TooLong) else len(encoded.input_ids)
@@ -139,23 +175,15 @@ class Build:
                 table.append(example, origin.line)
         return tally
 
-    def _parse(self, origin: Origin, row: dict[str, Any]) -> Conversation | RowProblem:
-        try:
-            return self.dataset.parse(row)
-        except LlmftError:
-            raise
-        except Exception as error:
-            raise LlmftError(
-                f"{origin}: dataset format {self.dataset.name} failed on this row ({type(error).__name__}: {error}): "
-                "a format returns a RowProblem for a row it cannot use; tell its author"
-            ) from error
-
-    def _report(self, split: Split, table: TokenTable, tally: _Tally, read: int | None = None) -> SplitReport:
+    def _report(self, split: Split, table: TokenTable, tally: _Tally) -> SplitReport:
         return SplitReport(
             source=self.sources[split].name,
             source_digest=self.digests[split],
-            rows_read=tally.read if read is None else read,
+            files=tuple(file.name for file in self.sources[split].files),
+            weights=self.sources[split].weights,
+            rows_read=tally.read,
             rows=len(table),
+            bad=tally.bad,
             dropped=len(tally.dropped),
             cut=len(tally.cut),
             tokens=table.total_tokens,
@@ -165,6 +193,7 @@ class Build:
             ends_trained=table.ends_trained,
             dropped_origins=tuple(map(str, tally.dropped[:SHOWN])),
             cut_origins=tuple(map(str, tally.cut[:SHOWN])),
+            warnings=tuple(tally.warnings),
         )
 
     def _hold_out(self, draft: Path, tally: _Tally) -> dict[Split, SplitReport]:
@@ -182,8 +211,10 @@ class Build:
         return {
             "train": self._report("train", train, replace(tally, read=tally.read - len(test), cut=train_cut)),
             "test": replace(
-                self._report("train", test, replace(tally, read=len(test), dropped=[], cut=test_cut)),
+                self._report("train", test, replace(tally, read=len(test), bad=0, dropped=[], cut=test_cut)),
+                weights=tuple(1.0 for _ in self.sources["train"].files),
                 longest_read=test.longest,
+                warnings=(),
             ),
         }
 

@@ -82,7 +82,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
             if not folder.exists():
-                Build(dataset, plan, encoder, sources, digests, key).write(folder)
+                Build(dataset, plan, encoder, sources, digests, key, quarantine_file(cache, key)).write(folder)
     except OSError as error:  # the sources' own errors are InputErrors already
         raise LlmftError(
             f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
@@ -90,17 +90,32 @@ def prepare(
         ) from error
     data = PreparedData.open(folder)
     # The same bytes may have been read from elsewhere the first time.
-    names = {split: sources.get(split, sources["train"]).name for split in data.report.splits}
-    splits = {split: _renamed(one, names[split]) for split, one in data.report.splits.items()}
-    data.train.source = names["train"]
+    names: dict[str, str] = {}
+    splits: dict[Split, SplitReport] = {}
+    for split, one in data.report.splits.items():
+        source = sources.get(split, sources["train"])
+        files = [file.name for file in source.files]
+        names |= zip(one.files, files, strict=True)
+        weights = source.weights if split in sources else one.weights
+        splits[split] = one.renamed(source.name, files, weights)
+    report = replace(data.report, splits=splits).renamed(names)
+    data.train.source = splits["train"].source
     if data.test is not None:
-        data.test.source = names["test"]
+        data.test.source = splits["test"].source
+    read: dict[Split, tuple[int, int]] = {}
     for split in sources:
         # Rows held out of the training rows are no source of their own.
         parts = list(splits.values()) if fraction > 0 else [splits[split]]
-        read, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
-        refuse_loss(split, read, dropped, cut, max(part.longest_read for part in parts), plan)
-    return replace(data, report=replace(data.report, splits=splits))
+        rows, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
+        read[split] = (rows, sum(part.bad for part in parts))
+        refuse_loss(split, rows, dropped, cut, max(part.longest_read for part in parts), plan)
+    report.bad_rows.refuse(read, plan.data, quarantine_file(cache, key))
+    return replace(data, report=report)
+
+
+def quarantine_file(cache: Path, key: str) -> Path:
+    """Where the rows lie that cannot be used, of the data with this key."""
+    return cache / "quarantine" / f"{key[:16]}.jsonl"
 
 
 def cache_key(
@@ -135,10 +150,3 @@ def _code_digest(format_type: type[DatasetFormat]) -> str:
         if file and not module_name.startswith("llmft_core."):
             hasher.update(Path(file).read_bytes())
     return hasher.hexdigest()
-
-
-def _renamed(one: SplitReport, source: str) -> SplitReport:
-    def moved(origins: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"{source}:{origin.rpartition(':')[2]}" for origin in origins)
-
-    return replace(one, source=source, dropped_origins=moved(one.dropped_origins), cut_origins=moved(one.cut_origins))
