@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llmft_core.data.blocks import Block
-from llmft_core.data.checks import bom_finding, parse_row, table_findings, token_findings
+from llmft_core.data.checks import bom_finding, parsed_rows, table_findings, token_findings
 from llmft_core.data.encode import Encoder, TooLong
-from llmft_core.data.faults import SHOWN, Faults
+from llmft_core.data.faults import SHOWN, BadRows, Faults
 from llmft_core.data.quarantine import Quarantine
-from llmft_core.data.repeats import RowHashes, row_hash
+from llmft_core.data.repeats import RowHashes
 from llmft_core.data.report import DataReport, Finding, SplitReport
 from llmft_core.data.sources import SplitSource
 from llmft_core.data.tables import ARRAYS, TokenTable, write_selection, writing
@@ -106,17 +106,7 @@ class Build:
         finally:
             aside.discard()
         bad_rows = faults.bad_rows
-        bad_rows.refuse({split: (one.read, one.bad) for split, one in tallies.items()}, self.plan.data, self.quarantine)
-        for split, tally in tallies.items():
-            if not tally.read:
-                source = self.sources[split]
-                raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
-            refuse_loss(split, tally.read, len(tally.dropped), len(tally.cut), tally.longest, self.plan)
-            if tally.read == tally.bad + len(tally.dropped):
-                raise InputError(
-                    f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
-                    f"{len(tally.dropped)} are longer than --context-length {self.plan.context_length}"
-                )
+        self._check_some_left(tallies, bad_rows)
         repeats, shared = hashes.findings()
         tokens = {token: self.encoder.tokenizer.convert_tokens_to_ids(token) for token in self.dataset.special_tokens}
         for split, tally in tallies.items():
@@ -131,6 +121,22 @@ class Build:
         warnings = (*token_findings(self.encoder.tokenizer, tokens), *shared)
         return DataReport(self.key, content, splits, bad_rows, warnings)
 
+    def _check_some_left(self, tallies: Mapping[Split, _Tally], bad_rows: BadRows) -> None:
+        """Raises InputError where a split has no rows, or none that can be trained on."""
+        for split, tally in tallies.items():
+            source, dropped = self.sources[split], len(tally.dropped)
+            if not tally.read:
+                raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
+            if tally.bad + dropped < tally.read:
+                continue
+            read = {name: (one.read, one.bad) for name, one in tallies.items()}
+            bad_rows.refuse(read, self.plan.data, self.quarantine)
+            refuse_loss(split, tally.read, dropped, 0, tally.longest, self.plan)
+            raise InputError(
+                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and {dropped} "
+                f"are longer than --context-length {self.plan.context_length}"
+            )
+
     def _read_split(self, split: Split, folder: Path, faults: Faults, hashes: RowHashes) -> _Tally:
         source, tally = self.sources[split], _Tally()
         waiting: deque[tuple[Block, Origin]] = deque()  # of the conversations that are in the encoder
@@ -141,22 +147,21 @@ class Build:
 
         def conversations() -> Iterator[Conversation]:
             for block in source.blocks(self.digests[split]):
+                name = source.files[block.file].name
                 if block.bom:
-                    tally.warnings.append(bom_finding(source.files[block.file].name))
+                    tally.warnings.append(bom_finding(name))
                 lines, found = [], []
-                for line, row in block.rows():
+                for line, parsed, hash_ in parsed_rows(self.dataset, block, name):
                     tally.read += 1
-                    origin = source.origin(block, line)
-                    parsed = row if isinstance(row, RowProblem) else parse_row(self.dataset, row, origin)
+                    origin = Origin(name, line)
                     if isinstance(parsed, RowProblem):
                         refused(block, origin, parsed)
                         continue
-                    if not isinstance(row, RowProblem):
-                        lines.append(line)
-                        found.append(row_hash(row))
+                    lines.append(line)
+                    found.append(hash_)
                     waiting.append((block, origin))
                     yield parsed
-                hashes.add(split, source.files[block.file].name, lines, found)
+                hashes.add(split, name, lines, found)
 
         with writing(folder) as table:
             for encoded in self.encoder.encode_many(conversations()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmft_core.data.blocks import Block
 from llmft_core.data.faults import SHOWN, counted_rows
+from llmft_core.data.repeats import row_hash
 from llmft_core.data.report import Finding
 from llmft_core.errors import LlmftError, close_match
 from llmft_core.extensions import DatasetFormat
@@ -47,9 +49,22 @@ def parse_row(dataset: DatasetFormat, row: dict[str, Any], origin: Origin) -> Co
     return parsed
 
 
+def parsed_rows(
+    dataset: DatasetFormat, block: Block, file: str
+) -> Iterator[tuple[int, Conversation | RowProblem, int]]:
+    """(line, conversation, hash of the row) of every row of a block; what is wrong with it instead of a conversation.
+    `file` is the name of the block's file. Raises LlmftError where the format itself fails."""
+    for line, row in block.rows():
+        if isinstance(row, RowProblem):
+            yield line, row, 0
+        else:
+            yield line, parse_row(dataset, row, Origin(file, line)), row_hash(row)
+
+
 def bom_finding(file: str) -> Finding:
     """A file that begins with a byte order mark."""
-    return Finding(f"{file} begins with a byte order mark (BOM), which is skipped: save it as UTF-8 without one")
+    text = "a byte order mark (BOM) at the beginning is skipped; save the file as UTF-8 without one"
+    return Finding(text, ((Origin(file, 1),),))
 
 
 def table_findings(table: TokenTable, tokens: Mapping[str, int], train_on: str) -> tuple[Finding, ...]:

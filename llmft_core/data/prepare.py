@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from llmft_core.data.build import Build, refuse_loss
 from llmft_core.data.encode import ENCODER_VERSION, Encoder
 from llmft_core.data.report import DataReport, SplitReport
-from llmft_core.data.sources import find_sources
+from llmft_core.data.sources import SplitSource, find_sources
 from llmft_core.data.tables import TokenTable
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError, LlmftError, Problem, Problems
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
 from llmft_core.plan import RunPlan
 
@@ -38,6 +39,11 @@ class PreparedData:
     def digest(self) -> str:
         """The key of the cache, 64 hexadecimal digits."""
         return self.report.digest
+
+    @property
+    def quarantine(self) -> Path:
+        """The file with the rows that cannot be used, on the machine that prepared the data; there where any are."""
+        return quarantine_file(self.folder.parents[1], self.digest)
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
@@ -81,15 +87,26 @@ def prepare(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
-            if not folder.exists():
+            new = not folder.exists()
+            if new:
                 Build(dataset, plan, encoder, sources, digests, key, quarantine_file(cache, key)).write(folder)
+            data = _named(PreparedData.open(folder), sources)
+            try:
+                refuse(data, plan)
+            except InputError:
+                if new:  # nobody will train on it
+                    shutil.rmtree(folder)
+                raise
     except OSError as error:  # the sources' own errors are InputErrors already
         raise LlmftError(
             f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
             "that is yours and has room"
         ) from error
-    data = PreparedData.open(folder)
-    # The same bytes may have been read from elsewhere the first time.
+    return data
+
+
+def _named(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
+    """With the names that the sources have now: the same bytes may have been read from elsewhere the first time."""
     names: dict[str, str] = {}
     splits: dict[Split, SplitReport] = {}
     for split, one in data.report.splits.items():
@@ -98,19 +115,36 @@ def prepare(
         names |= zip(one.files, files, strict=True)
         weights = source.weights if split in sources else one.weights
         splits[split] = one.renamed(source.name, files, weights)
-    report = replace(data.report, splits=splits).renamed(names)
     data.train.source = splits["train"].source
     if data.test is not None:
         data.test.source = splits["test"].source
+    return replace(data, report=replace(data.report, splits=splits).renamed(names))
+
+
+def refuse(data: PreparedData, plan: RunPlan) -> None:
+    """Raises Problems where rows cannot be used and the plan does not put up with that, and where more rows are dropped
+    or cut than it allows."""
+    splits = data.report.splits
+    of_sources: dict[Split, list[SplitReport]] = {split: [one] for split, one in splits.items()}
+    if plan.data.validation_fraction > 0:  # rows held out of the training rows are no source of their own
+        of_sources = {"train": list(splits.values())}
     read: dict[Split, tuple[int, int]] = {}
-    for split in sources:
-        # Rows held out of the training rows are no source of their own.
-        parts = list(splits.values()) if fraction > 0 else [splits[split]]
-        rows, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
-        read[split] = (rows, sum(part.bad for part in parts))
-        refuse_loss(split, rows, dropped, cut, max(part.longest_read for part in parts), plan)
-    report.bad_rows.refuse(read, plan.data, quarantine_file(cache, key))
-    return replace(data, report=report)
+    problems: list[Problem] = []
+    for split, parts in of_sources.items():
+        rows, bad, dropped, cut = (
+            sum(getattr(part, name) for part in parts) for name in ("rows_read", "bad", "dropped", "cut")
+        )
+        read[split] = (rows, bad)
+        try:
+            refuse_loss(split, rows, dropped, cut, max(part.longest_read for part in parts), plan)
+        except InputError as error:
+            problems.append(Problem("", str(error)))
+    try:
+        data.report.bad_rows.refuse(read, plan.data, data.quarantine)
+    except Problems as error:
+        raise Problems([*error.problems, *problems], error.heading) from None
+    if problems:
+        raise Problems(problems)
 
 
 def quarantine_file(cache: Path, key: str) -> Path:
