@@ -63,6 +63,8 @@ class DatasetFormat(Extension, ABC):
 
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Tokens this format writes as `opening` or `closing`; each becomes one id of the tokenizer."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """All keys that a row may have: another one is an error. Empty: `parse` says which ones it cannot use."""
     hub_files: ClassVar[Mapping[Split, str]] = {}
     """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`, or a glob), where there is one."""
     hub_id: ClassVar[str] = ""

@@ -68,31 +68,22 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     places = Places(catalog, plan.storage, plan.backends)
     problems += storage_problems(plan, places)
     problems += sharing_problems(plan, cluster, catalog)
-    dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
-    model = _attempt(lambda: stage_model(plan, catalog, places, weights=False), "model", problems)
-    tokenizer: Any = None
-    if model is not None:
-        tokenizer = _attempt(
-            lambda: load_tokenizer(model, plan.model.tokenizer, dataset.special_tokens, places),
-            "model.tokenizer",
-            problems,
-        )
-    if model is None or tokenizer is None:
-        _attempt(lambda: find_sources(dataset, places), "dataset", problems)  # all that can be said without a tokenizer
+
+    def model_problems(model: ModelFolder) -> list[Problem]:
+        found = context_problems(plan, model.config)
+        if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+            found += disk_problems(model.family.size(model.config).parameters * BYTES_OF[written_type(plan)])
+        return found
+
+    material = _attempt(lambda: prepare_data(plan, catalog, places, say=say, check=model_problems), "", problems)
+    if material is None or placed is None or problems:
         raise Problems(problems)
+    dataset, model, tokenizer, data = material.dataset, material.model, material.tokenizer, material.data
     size = model.family.size(model.config)
-    problems += context_problems(plan, model.config)
-    if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
-        problems += disk_problems(size.parameters * BYTES_OF[written_type(plan)])
-    say(f"preparing dataset {dataset.name}")
-    print_ = fingerprint(tokenizer)
-    data = _attempt(lambda: prepare(dataset, plan, tokenizer, print_, places, cache_folder()), "dataset", problems)
-    if data is None or placed is None or problems:
-        raise Problems(problems)
     template, stop = chat_template(first_conversation(dataset, data, places))
     if template:
         tokenizer.chat_template = template
-    key = hashlib.sha256(f"{print_} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
+    key = hashlib.sha256(f"{material.fingerprint} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / key
     if not folder.is_dir():  # the key says what is in it; another run may be copying from it
         save_tokenizer(tokenizer, folder, tokenizer_folder(model, plan.model.tokenizer, places))
@@ -106,13 +97,62 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
         vocabulary=len(tokenizer),
         pad_id=int(tokenizer.pad_token_id or 0),
         stop_ids=tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in stop),
-        provenance=provenance(catalog, plan, data, model.digest, print_),
+        provenance=provenance(catalog, plan, data, model.digest, material.fingerprint),
         model=model.path,
         data=data.folder,
         tokenizer=folder,
     )
     waste = padding_waste(data.train, plan.seed, placement.global_batch, placement.micro_batch)
     return Ready(plan, placement, cluster, catalog, places, data, model, size, job, waste)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of: the rows as tokens, and the model and tokenizer that they are for."""
+
+    dataset: DatasetFormat
+    model: ModelFolder
+    """Without its weights."""
+    tokenizer: Any
+    """A fast one of transformers, with the format's special tokens."""
+    fingerprint: str
+    """What the tokenizer does, as SHA-256 (hex)."""
+    data: PreparedData
+
+
+def prepare_data(
+    plan: RunPlan,
+    catalog: Catalog,
+    places: Places,
+    *,
+    say: Callable[[str], None],
+    check: Callable[[ModelFolder], list[Problem]] = lambda model: [],
+) -> Material:
+    """The rows of a plan as token tables, from this machine's cache where they are in it. Needs no cluster, no weights
+    and no storage of the run. `check`: what else is wrong with the model, to be reported together with the rows.
+
+    Raises Problems: model, tokenizer, `check`, sources and rows together.
+    """
+    problems: list[Problem] = []
+    dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
+    model = _attempt(lambda: stage_model(plan, catalog, places, weights=False), "model", problems)
+    tokenizer: Any = None
+    if model is not None:
+        tokenizer = _attempt(
+            lambda: load_tokenizer(model, plan.model.tokenizer, dataset.special_tokens, places),
+            "model.tokenizer",
+            problems,
+        )
+    if model is None or tokenizer is None:
+        _attempt(lambda: find_sources(dataset, places), "dataset", problems)  # all that can be said without a tokenizer
+        raise Problems(problems)
+    problems += check(model)
+    say(f"preparing dataset {dataset.name}")
+    print_ = fingerprint(tokenizer)
+    data = _attempt(lambda: prepare(dataset, plan, tokenizer, print_, places, cache_folder()), "dataset", problems)
+    if data is None or problems:
+        raise Problems(problems)
+    return Material(dataset, model, tokenizer, print_, data)
 
 
 def written_type(plan: RunPlan) -> str:

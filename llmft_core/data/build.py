@@ -10,14 +10,19 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmft_core.data.checks import bom_finding, table_findings, token_findings
 from llmft_core.data.encode import EncoderRecipe
 from llmft_core.data.encode_blocks import EncodedBlock, Work
+from llmft_core.data.faults import SHOWN, BadRows, Faults
+from llmft_core.data.quarantine import Quarantine
 from llmft_core.data.ray_engine import RayEngine
-from llmft_core.data.report import SHOWN, DataReport, Faults, SplitReport
+from llmft_core.data.repeats import RowHashes
+from llmft_core.data.report import DataReport, Finding, SplitReport
 from llmft_core.data.sources import SplitSource, joined_digest
 from llmft_core.data.tables import MOST_FILES, TokenTable, write_selection, writing
 from llmft_core.data.workers import LocalEngine
@@ -66,7 +71,9 @@ class _Tally:
     """Counts of one split while it is read."""
 
     read: int = 0
+    bad: int = 0
     longest: int = 0  # tokens
+    warnings: list[Finding] = field(default_factory=list)
     dropped: int = 0
     dropped_first: list[Origin] = field(default_factory=list)
     cut: array[int] = field(default_factory=lambda: array("q"))  # their places, as `place_numbers` has them
@@ -75,14 +82,17 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Build:
-    """Makes one cache folder. `digests` are those of the files of each split."""
+    """Makes one cache folder. `digests` are those of the files of each split, `quarantine` is the file in which all
+    rows will lie that cannot be used."""
 
     dataset: DatasetFormat
     plan: RunPlan
+    tokenizer: Any
     recipe: EncoderRecipe
     sources: Mapping[Split, SplitSource]
     digests: Mapping[Split, Sequence[str]]
     key: str
+    quarantine: Path
 
     def write(self, folder: Path) -> None:
         """All or nothing: the folder appears under its name when it is complete."""
@@ -100,33 +110,61 @@ class Build:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _tables(self, draft: Path) -> DataReport:
-        faults = Faults()
-        roles: set[str] = set()
-        work = Work(self.dataset, self.recipe)
-        with (
-            RayEngine(work) if self.plan.data.engine == "ray" else LocalEngine(work, self.plan.data.processes) as engine
-        ):
-            tallies = {split: self._read_split(split, draft / split, engine, faults, roles) for split in self.sources}
-        self.recipe.check_roles(
-            roles
-        )  # before the rows: a misspelt role makes every row one in which nothing is trained
-        faults.raise_any(sum(tally.read for tally in tallies.values()))
-        for split, tally in tallies.items():
-            if not tally.read:
-                source = self.sources[split]
-                raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
-            refuse_loss(split, tally.read, tally.dropped, len(tally.cut), tally.longest, self.plan)
+        aside = Quarantine(self.quarantine)
+        faults, hashes, roles = Faults(aside), RowHashes(), set[str]()
+        tallies: dict[Split, _Tally] = {}
+        try:
+            with self._engine() as engine:
+                for split in self.sources:
+                    tallies[split] = self._read_split(split, draft / split, engine, faults, hashes, roles)
+            self.recipe.check_roles(roles)  # before the rows: with a misspelt role nothing is trained in any of them
+            aside.finish()
+        finally:
+            aside.discard()
+        bad_rows = faults.bad_rows
+        self._check_some_left(tallies, bad_rows)
+        repeats, shared = hashes.findings()
+        tokens = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.dataset.special_tokens}
         splits: dict[Split, SplitReport] = {}
         digests: dict[Split, str] = {}
         for split, tally in tallies.items():
-            splits[split] = self._report(split, TokenTable(draft / split), tally)
+            table = TokenTable(draft / split, [file.name for file in self.sources[split].files])
+            tally.warnings += [*table_findings(table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
+            splits[split] = self._report(split, table, tally)
             digests[split] = tally.digest
         if self.plan.data.validation_fraction > 0:
             self._hold_out(draft, tallies["train"], splits, digests)
-        return DataReport(self.key, content_digest(digests), splits)
+        warnings = (*token_findings(self.tokenizer, tokens), *shared)
+        return DataReport(self.key, content_digest(digests), splits, bad_rows, warnings)
+
+    def _engine(self) -> LocalEngine | RayEngine:
+        work = Work(self.dataset, self.recipe)
+        return RayEngine(work) if self.plan.data.engine == "ray" else LocalEngine(work, self.plan.data.processes)
+
+    def _check_some_left(self, tallies: Mapping[Split, _Tally], bad_rows: BadRows) -> None:
+        """Raises InputError where a split has no rows, or none that can be trained on."""
+        for split, tally in tallies.items():
+            source = self.sources[split]
+            if not tally.read:
+                raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
+            if tally.bad + tally.dropped < tally.read:
+                continue
+            read = {name: (one.read, one.bad) for name, one in tallies.items()}
+            bad_rows.refuse(read, self.plan.data, self.quarantine)
+            refuse_loss(split, tally.read, tally.dropped, 0, tally.longest, self.plan)
+            raise InputError(
+                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
+                f"{tally.dropped} are longer than --context-length {self.plan.context_length}"
+            )
 
     def _read_split(
-        self, split: Split, folder: Path, engine: LocalEngine | RayEngine, faults: Faults, roles: set[str]
+        self,
+        split: Split,
+        folder: Path,
+        engine: LocalEngine | RayEngine,
+        faults: Faults,
+        hashes: RowHashes,
+        roles: set[str],
     ) -> _Tally:
         source, digests = self.sources[split], self.digests[split]
         if len(source.files) > MOST_FILES:
@@ -138,32 +176,39 @@ class Build:
 
         with writing(folder) as table:
             for block in engine.encode(source.blocks(joined_digest(digests), digests), name_of):
-                for line, problem, _ in block.problems:
-                    faults.add(Origin(name_of(block.file), line), problem)
-                self._count(tally, block, name_of(block.file))
+                name = name_of(block.file)
+                for line, problem, raw in block.problems:
+                    faults.add(Origin(name, line), problem, raw)
+                hashes.add(split, name, block.parsed_lines, block.hashes)
                 roles |= block.roles
+                self._count(tally, block, name)
                 files = np.full(len(block.lines), block.file)
                 table.append_rows(block.ids, block.trained, block.lengths, block.lines, files)
         tally.digest = table.digest()
         return tally
 
     def _count(self, tally: _Tally, block: EncodedBlock, file_name: str) -> None:
+        if block.bom:
+            tally.warnings.append(bom_finding(file_name))
         tally.read += block.read
+        tally.bad += len(block.problems)
         tally.longest = max(tally.longest, block.longest)
         tally.dropped += len(block.dropped)
         for line in block.dropped[: SHOWN - len(tally.dropped_first)]:
             tally.dropped_first.append(Origin(file_name, line))
         tally.cut.extend((block.file << 32) | line for line in block.cut)
 
-    def _report(self, split: Split, table: TokenTable, tally: _Tally, read: int | None = None) -> SplitReport:
+    def _report(self, split: Split, table: TokenTable, tally: _Tally) -> SplitReport:
         source = self.sources[split]
         cut = [Origin(source.files[place >> 32].name, place & 0xFFFFFFFF) for place in tally.cut[:SHOWN]]
         return SplitReport(
             source=source.name,
-            files=tuple(file.name for file in source.files),
             source_digest=joined_digest(self.digests[split]),
-            rows_read=tally.read if read is None else read,
+            files=tuple(file.name for file in source.files),
+            weights=source.weights,
+            rows_read=tally.read,
             rows=len(table),
+            bad=tally.bad,
             dropped=tally.dropped,
             cut=len(tally.cut),
             tokens=table.total_tokens,
@@ -173,6 +218,7 @@ class Build:
             ends_trained=table.ends_trained,
             dropped_origins=tuple(map(str, tally.dropped_first)),
             cut_origins=tuple(map(str, cut)),
+            warnings=tuple(tally.warnings),
         )
 
     def _hold_out(
@@ -194,8 +240,12 @@ class Build:
         test_cut, train_cut = array("q", cut[is_held].tolist()), array("q", cut[~is_held].tolist())
         splits["train"] = self._report("train", train, replace(tally, read=tally.read - len(test), cut=train_cut))
         splits["test"] = replace(
-            self._report("train", test, replace(tally, read=len(test), dropped=0, dropped_first=[], cut=test_cut)),
+            self._report(
+                "train", test, replace(tally, read=len(test), bad=0, dropped=0, dropped_first=[], cut=test_cut)
+            ),
+            weights=tuple(1.0 for _ in self.sources["train"].files),
             longest_read=test.longest,
+            warnings=(),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from llmft_core.data.encode import ENCODER_VERSION, EncoderRecipe
 from llmft_core.data.report import DataReport, SplitReport
 from llmft_core.data.sources import SplitSource, find_sources, joined_digest
 from llmft_core.data.tables import TokenTable
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError, LlmftError, Problem, Problems
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
 from llmft_core.plan import RunPlan
 
@@ -39,6 +40,11 @@ class PreparedData:
     def digest(self) -> str:
         """The key of the cache, 64 hexadecimal digits."""
         return self.report.digest
+
+    @property
+    def quarantine(self) -> Path:
+        """The file with the rows that cannot be used, on the machine that prepared the data; there where any are."""
+        return quarantine_file(self.folder.parents[1], self.digest)
 
     @classmethod
     def open(cls, folder: Path) -> PreparedData:
@@ -102,19 +108,21 @@ def prepare(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
-            if not folder.exists():
-                Build(dataset, plan, recipe, sources, digests, key).write(folder)
+            new = not folder.exists()
+            if new:
+                aside = quarantine_file(cache, key)
+                Build(dataset, plan, tokenizer, recipe, sources, digests, key, aside).write(folder)
+            data = _named(PreparedData.open(folder), sources)
+            try:
+                refuse(data, plan)
+            except InputError:
+                if new:  # nobody will train on it
+                    shutil.rmtree(folder)
+                raise
     except OSError as error:  # the sources' own errors are InputErrors already
         raise _unwritable(folder.parent, error) from error
-    data = _renamed(PreparedData.open(folder), sources)
-    if plan.data.rehash:
+    if plan.data.rehash and not new:
         data.verify()
-    splits = data.report.splits
-    for split in sources:
-        # Rows held out of the training rows are no source of their own.
-        parts = list(splits.values()) if fraction > 0 else [splits[split]]
-        read, dropped, cut = (sum(getattr(part, name) for part in parts) for name in ("rows_read", "dropped", "cut"))
-        refuse_loss(split, read, dropped, cut, max(part.longest_read for part in parts), plan)
     return data
 
 
@@ -123,6 +131,53 @@ def _unwritable(folder: Path, error: OSError) -> LlmftError:
         f"cannot write the token cache {folder}: {error.strerror or error}; set LLMFT_CACHE to a folder that is yours "
         "and has room"
     )
+
+
+def _named(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
+    """With the names that the sources have now: the same bytes may have been read from elsewhere the first time."""
+    names: dict[str, str] = {}
+    splits: dict[Split, SplitReport] = {}
+    for split, one in data.report.splits.items():
+        source = sources.get(split, sources["train"])
+        files = [file.name for file in source.files]
+        names |= zip(one.files, files, strict=True)
+        weights = source.weights if split in sources else one.weights
+        splits[split] = one.renamed(source.name, files, weights)
+    data.train.sources = splits["train"].files
+    if data.test is not None:
+        data.test.sources = splits["test"].files
+    return replace(data, report=replace(data.report, splits=splits).renamed(names))
+
+
+def refuse(data: PreparedData, plan: RunPlan) -> None:
+    """Raises Problems where rows cannot be used and the plan does not put up with that, and where more rows are dropped
+    or cut than it allows."""
+    splits = data.report.splits
+    of_sources: dict[Split, list[SplitReport]] = {split: [one] for split, one in splits.items()}
+    if plan.data.validation_fraction > 0:  # rows held out of the training rows are no source of their own
+        of_sources = {"train": list(splits.values())}
+    read: dict[Split, tuple[int, int]] = {}
+    problems: list[Problem] = []
+    for split, parts in of_sources.items():
+        rows, bad, dropped, cut = (
+            sum(getattr(part, name) for part in parts) for name in ("rows_read", "bad", "dropped", "cut")
+        )
+        read[split] = (rows, bad)
+        try:
+            refuse_loss(split, rows, dropped, cut, max(part.longest_read for part in parts), plan)
+        except InputError as error:
+            problems.append(Problem("", str(error)))
+    try:
+        data.report.bad_rows.refuse(read, plan.data, data.quarantine)
+    except Problems as error:
+        raise Problems([*error.problems, *problems], error.heading) from None
+    if problems:
+        raise Problems(problems)
+
+
+def quarantine_file(cache: Path, key: str) -> Path:
+    """Where the rows lie that cannot be used, of the data with this key."""
+    return cache / "quarantine" / f"{key[:16]}.jsonl"
 
 
 def cache_key(
@@ -160,28 +215,3 @@ def _code_digest(format_type: type[DatasetFormat]) -> str:
         if file and not module_name.startswith("llmft_core."):
             hasher.update(Path(file).read_bytes())
     return hasher.hexdigest()
-
-
-def _renamed(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
-    """The same with today's names of the files: the same bytes may have been read from elsewhere the first time."""
-    splits: dict[Split, SplitReport] = {}
-    for split, one in data.report.splits.items():
-        source = sources.get(split, sources["train"])
-        files = tuple(file.name for file in source.files)
-        names = dict(zip(one.files, files, strict=True))
-
-        def moved(origins: tuple[str, ...], names: Mapping[str, str] = names) -> tuple[str, ...]:
-            parts = (origin.rpartition(":") for origin in origins)
-            return tuple(f"{names[name]}:{line}" for name, _, line in parts)
-
-        splits[split] = replace(
-            one,
-            source=source.name,
-            files=files,
-            dropped_origins=moved(one.dropped_origins),
-            cut_origins=moved(one.cut_origins),
-        )
-    data.train.sources = splits["train"].files
-    if data.test is not None:
-        data.test.sources = splits["test"].files
-    return replace(data, report=replace(data.report, splits=splits))

@@ -332,8 +332,9 @@ def test_all_problems_of_all_splits_together(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     train, test = f"{bench.source}/train.jsonl", f"{bench.source}/test.jsonl"
+    (quarantine,) = (bench.cache / "quarantine").iterdir()
     assert str(caught.value).split("\n") == [
-        "4 of 7 rows cannot be used; mend or remove them:",
+        "4 of 7 rows cannot be used; mend or remove them, or set them aside with --data.on-bad-row quarantine:",
         f"{train}:3: is not valid JSON: this string has no closing quote (column 7)",
         f"{train}:4: a: is missing or no text",
         f"{train}:6: is a JSON array, not an object ({{…}})",
@@ -342,6 +343,7 @@ def test_all_problems_of_all_splits_together(bench: Bench) -> None:
         "1 row: a: is missing or no text",
         "1 row: is a JSON array, not an object ({…})",
         "1 row: q: is missing or no text",
+        f"all of them, as they lie in their files: {quarantine}",
     ]
     assert bench.folders() == set()
 
@@ -351,16 +353,19 @@ def test_the_first_twenty_then_counts(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     lines = str(caught.value).split("\n")
-    assert lines[0] == ("61 of 61 rows cannot be used; mend or remove them (the first 20, then counts by reason):")
-    assert len(lines) == 1 + 20 + 2
-    assert lines[-2:] == ["31 rows: q: is missing or no text", "30 rows: a: is missing or no text"]
+    assert lines[0] == (
+        "61 of 61 rows cannot be used; mend or remove them, or set them aside with --data.on-bad-row quarantine (the "
+        "first 20, then counts by reason):"
+    )
+    assert len(lines) == 1 + 20 + 2 + 1
+    assert lines[-3:-1] == ["31 rows: q: is missing or no text", "30 rows: a: is missing or no text"]
 
 
 def test_one_reason_counts_once_whatever_its_numbers(bench: Bench) -> None:
     bench.write("train", long_rows(9, [1, 3, 5]))
     with pytest.raises(Problems) as caught:
         bench.prepare(context_length=20, data={"on-long": "error"})
-    assert [problem.reason for problem in caught.value.problems[3:]] == ["3 rows: is longer than --context-length 20"]
+    assert [problem.reason for problem in caught.value.problems[3:-1]] == ["3 rows: is longer than --context-length 20"]
 
 
 def test_many_different_reasons_stay_a_short_list(bench: Bench) -> None:
@@ -368,8 +373,8 @@ def test_many_different_reasons_stay_a_short_list(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     lines = str(caught.value).split("\n")
-    assert len(lines) == 1 + 20 + 20 + 1
-    assert lines[-1].endswith("rows: other reasons")
+    assert len(lines) == 1 + 20 + 20 + 1 + 1
+    assert lines[-2] == "80 rows: other reasons"
 
 
 def test_a_role_that_does_not_exist_is_said_before_the_rows(bench: Bench) -> None:

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from toy_tokenizers import TAGS, byte_level_tokenizer
 
 from llmft_core import DatasetFormat, InputError, LlmftError, Problems, SourceOptions
 from llmft_core.data.blocks import Block, LinesBlock
 from llmft_core.data.encode import EncoderRecipe
-from llmft_core.data.encode_blocks import EncodedBlock, Work, row_hashes
+from llmft_core.data.encode_blocks import EncodedBlock, Work
 from llmft_core.data.prepare import PreparedData, prepare
 from llmft_core.data.workers import LocalEngine
 from llmft_core.plan import RunPlan
@@ -88,7 +87,7 @@ def encode(work: Work, blocks: list[Block], processes: int | None) -> list[Encod
 
 
 def as_bytes(found: EncodedBlock) -> tuple[Any, ...]:
-    arrays = (found.ids, found.trained, found.lengths, found.lines, found.hashes)
+    arrays = (found.ids, found.trained, found.lengths, found.lines, found.parsed_lines, found.hashes)
     return (*[array.tobytes() for array in arrays], found.read, found.problems, found.dropped, found.cut, found.roles)
 
 
@@ -209,14 +208,6 @@ def test_problems_come_with_the_bytes_of_the_row(formats: Any, recipe: EncoderRe
     (found,) = encode(Work(formats.Pairs(SourceOptions()), recipe), [LinesBlock(0, 1, data)], 0)
     assert [(line, raw) for line, _, raw in found.problems] == [(2, b'{"q": \xff}'), (4, b' {"a": 3}')]
     assert (found.read, found.lines.tolist()) == (3, [1])
-
-
-def test_equal_rows_have_equal_hashes() -> None:
-    ids = np.array([1, 2, 3, 1, 2, 3, 1, 2], dtype=np.int32)
-    hashes = row_hashes(ids, np.array([3, 3, 2]))
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes.tolist())) == 2
-    assert len(row_hashes(ids[:0], np.zeros(0, dtype=np.int64))) == 0
 
 
 def test_bad_rows_of_workers_are_told_together(formats: Any, tmp_path: Path) -> None:
