@@ -71,6 +71,8 @@ class DatasetFormat(Extension, ABC):
     (`{"tokens.json": "tokens"}`)."""
     companion_digests: Mapping[str, str] = {}
     """SHA-256 of each companion as it was read. Set by the core."""
+    keys: ClassVar[tuple[str, ...]] = ()
+    """All keys that a row may have: another one is an error. Empty: `parse` says which ones it cannot use."""
     hub_files: Mapping[Split, str] = {}
     """Files of the splits in a hub repository (`main/train-00000-of-00001.parquet`, or a glob), where there is one."""
     hub_id: ClassVar[str] = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmft_core.data.prepare import PreparedData, SplitReport
 from llmft_core.prepare import Ready
 from llmft_core.report import words
 from llmft_core.train.schedule import learning_rate
@@ -29,17 +30,7 @@ def head(ready: Ready) -> list[tuple[str, str]]:
         ),
     ]
     for name, split in report.splits.items():
-        lost = f"; {words.count(split.dropped)} dropped" if split.dropped else ""
-        lost += f"; {words.count(split.cut)} cut" if split.cut else ""
-        lines.append(
-            (
-                f"{name} rows",
-                f"{words.count(split.rows)} of {words.count(split.rows_read)}{lost} · "
-                f"{words.count(split.tokens)} tokens, "
-                f"{words.share(split.trained_tokens / max(1, split.tokens))} trained, "
-                f"longest {split.longest} of {plan.context_length}",
-            )
-        )
+        lines.append((f"{name} rows", rows_text(split, plan.context_length)))
     lines += [
         (
             "batch",
@@ -64,6 +55,25 @@ def head(ready: Ready) -> list[tuple[str, str]]:
     return lines
 
 
+def rows_text(split: SplitReport, context_length: int) -> str:
+    """The rows of a split in one line."""
+    lost = f"; {words.count(split.bad)} set aside" if split.bad else ""
+    lost += f"; {words.count(split.dropped)} dropped" if split.dropped else ""
+    lost += f"; {words.count(split.cut)} cut" if split.cut else ""
+    trained = words.share(split.trained_tokens / max(1, split.tokens))
+    return (
+        f"{words.count(split.rows)} of {words.count(split.rows_read)}{lost} · {words.count(split.tokens)} tokens, "
+        f"{trained} trained, longest {split.longest} of {context_length}"
+    )
+
+
+def data_warnings(data: PreparedData) -> list[str]:
+    """What looks wrong in the rows, and where those lie that cannot be used."""
+    bad = data.report.bad_rows.total
+    aside = [f"{words.counted(bad, 'row')} cannot be used and set aside: {data.quarantine}"] if bad else []
+    return [*aside, *map(str, data.report.findings())]
+
+
 def rates(ready: Ready) -> list[float]:
     """The learning rate at five points of the run."""
     total = ready.job.total_steps
@@ -72,7 +82,7 @@ def rates(ready: Ready) -> list[float]:
 
 def warnings(ready: Ready) -> list[str]:
     """What a user should know before money is spent."""
-    found = []
+    found = data_warnings(ready.data)
     if ready.plan.model.name == RANDOM_MODEL:
         costly = ready.placement.device == "cuda" or ready.cluster.address not in ("", "local")
         found.append(

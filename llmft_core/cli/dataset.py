@@ -12,9 +12,10 @@ from pathlib import Path
 from llmft_core.errors import InputError, close_match
 
 PROG = "llmft dataset"
-ACTIONS: dict[str, str] = {  # action → what it does
+ACTIONS: dict[str, str] = {
     "create": "a dataset with tags as train.jsonl, test.jsonl and tokens.json of chat-tags",
-}
+    "check": "every row that cannot be used, by file and line, and what looks wrong in the others",
+}  # action → what it does
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.data.chat import roles_of
+from llmft_core.data.checks import parse_row
 from llmft_core.data.sources import SplitSource
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat, Split
@@ -172,7 +173,7 @@ def _write_split(
     """Returns how many rows there are; what cannot be written is added to `refused`."""
     count = 0
     for origin, row in source.rows():
-        parsed = row if isinstance(row, RowProblem) else dataset.parse(row)
+        parsed = row if isinstance(row, RowProblem) else parse_row(dataset, row, origin)
         if isinstance(parsed, Conversation):
             text = "".join(message.opening + message.text + message.closing for message in parsed.messages)
             problem = _unsaid(parsed, reader.read({"input": text}), roles)

@@ -52,11 +52,7 @@ class SplitSource:
         """Every row with its origin; what is no row is a RowProblem. Raises as `blocks`."""
         for block in self.blocks(digest):
             for line, row in block.rows():
-                yield self.origin(block, line), row
-
-    def origin(self, block: Block, line: int) -> Origin:
-        """The name of a block's file, and a line of it."""
-        return Origin(self.files[block.file].name, line)
+                yield Origin(self.files[block.file].name, line), row
 
     def companion(self, name: str) -> bytes | None:
         """A small file that lies beside the rows (`tokens.json`), or None where there is none. Raises InputError where

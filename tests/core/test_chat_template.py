@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from toy_tokenizers import byte_level_tokenizer
 
 from llmft_core import Conversation, InputError, Message, RowProblem
 from llmft_core.data.chat_template import ChatTemplate
-from llmft_core.data.encode import Encoder
+from llmft_core.data.encode import Encoder, EncoderRecipe
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,7 +53,7 @@ def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
 def encode(tokenizer: Any, template: str, conversation: Conversation, train_on: str = "completion") -> Any:
     written = ChatTemplate.of(tokenizer, template).literal(conversation, train_on)
     assert isinstance(written, Conversation), written
-    (example,) = Encoder(tokenizer, train_on, 10_000, "error").encode_many([written])
+    (example,) = Encoder(EncoderRecipe.of(tokenizer, train_on, 10_000, "error")).encode_many([written])
     return example
 
 
@@ -107,8 +108,8 @@ def test_a_template_that_trims(tokenizer: Any) -> None:
 def test_no_second_beginning_of_sequence(tokenizer: Any) -> None:
     row = chat(("user", "How many?"), ("assistant", "72"))
     bos = tokenizer.bos_token_id
-    encoder = Encoder(tokenizer, "completion", 10_000, "error")
-    encoder.start = [bos]  # a tokenizer that puts it before every text
+    recipe = EncoderRecipe.of(tokenizer, "completion", 10_000, "error")
+    encoder = Encoder(replace(recipe, start=(bos,)))  # of a tokenizer that puts it before every text
     for template, count in ((TRIMS, 1), (CHATML, 0)):
         written = ChatTemplate.of(tokenizer, template).literal(row, "completion")
         assert isinstance(written, Conversation)

@@ -36,7 +36,7 @@ from llmft_core.data.build import held_out
 from llmft_core.data.encode import Encoder
 from llmft_core.data.prepare import PreparedData, TokenTable, prepare
 from llmft_core.data.sources import find_sources
-from llmft_core.data.tables import write_selection, writing
+from llmft_core.data.tables import TableWriter, write_selection, writing
 from llmft_core.plan import RunPlan
 
 
@@ -109,14 +109,20 @@ example_rows = st.lists(
 )
 
 
+def append(writer: TableWriter, example: EncodedExample, line: int, file: int = 0) -> None:
+    trained = np.array(example.labels) != -100
+    ids = np.array(example.input_ids, dtype=np.int32)
+    writer.append_rows(ids, trained, np.array([len(ids)]), np.array([line], dtype=np.int32), np.array([file]))
+
+
 @given(example_rows)
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[list[tuple[int, bool]]]) -> None:
     folder = tmp_path_factory.mktemp("table") / "t"
     with writing(folder) as writer:
         for number, row in enumerate(rows):
             ids = tuple(token for token, _ in row)
-            writer.append(EncodedExample(ids, tuple(t if trained else -100 for t, trained in row)), 3 * number + 1)
-    table = TokenTable(folder, "file")
+            append(writer, EncodedExample(ids, tuple(t if trained else -100 for t, trained in row)), 3 * number + 1)
+    table = TokenTable(folder, ["file"])
     assert len(table) == len(rows)
     for number, row in enumerate(rows):
         ids, labels = table.row(number)
@@ -135,7 +141,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
 
 def test_a_table_is_read_only_and_knows_its_end(tmp_path: Path) -> None:
     with writing(tmp_path / "t") as writer:
-        writer.append(EncodedExample((1, 2), (-100, 2)), 1)
+        append(writer, EncodedExample((1, 2), (-100, 2)), 1)
         assert writer.rows == 1
     table = TokenTable(tmp_path / "t")
     with pytest.raises(ValueError, match="read-only"):
@@ -148,8 +154,8 @@ def test_a_table_is_read_only_and_knows_its_end(tmp_path: Path) -> None:
 def test_a_selection(tmp_path: Path) -> None:
     with writing(tmp_path / "all") as writer:
         for number in range(5):
-            writer.append(EncodedExample((number,) * (number + 1), (number,) * (number + 1)), number + 1)
-    write_selection(TokenTable(tmp_path / "all"), [3, 1], tmp_path / "some")
+            append(writer, EncodedExample((number,) * (number + 1), (number,) * (number + 1)), number + 1)
+    write_selection(TokenTable(tmp_path / "all"), np.array([3, 1]), tmp_path / "some")
     some = TokenTable(tmp_path / "some")
     assert [some.row(row)[0].tolist() for row in range(2)] == [[3] * 4, [1] * 2]
     assert some.lines.tolist() == [4, 2]
@@ -195,7 +201,7 @@ def test_a_second_start_only_hashes(bench: Bench, monkeypatch: pytest.MonkeyPatc
     def never(*args: Any) -> Any:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(Encoder, "encode_many", never)
+    monkeypatch.setattr(Encoder, "encode_batch", never)
     second = bench.prepare(context_length=14, data={"max-dropped": 1})
     assert second.digest == first.digest
     assert second.report == first.report
@@ -329,8 +335,9 @@ def test_all_problems_of_all_splits_together(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     train, test = f"{bench.source}/train.jsonl", f"{bench.source}/test.jsonl"
+    (quarantine,) = (bench.cache / "quarantine").iterdir()
     assert str(caught.value).split("\n") == [
-        "4 of 7 rows cannot be used; mend or remove them:",
+        "4 of 7 rows cannot be used; mend or remove them, or set them aside with --data.on-bad-row quarantine:",
         f"{train}:3: is not valid JSON: this string has no closing quote (column 7)",
         f"{train}:4: a: is missing or no text",
         f"{train}:6: is a JSON array, not an object ({{…}})",
@@ -339,6 +346,7 @@ def test_all_problems_of_all_splits_together(bench: Bench) -> None:
         "1 row: a: is missing or no text",
         "1 row: is a JSON array, not an object ({…})",
         "1 row: q: is missing or no text",
+        f"all of them, as they lie in their files: {quarantine}",
     ]
     assert bench.folders() == set()
 
@@ -348,16 +356,19 @@ def test_the_first_twenty_then_counts(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     lines = str(caught.value).split("\n")
-    assert lines[0] == ("61 of 61 rows cannot be used; mend or remove them (the first 20, then counts by reason):")
-    assert len(lines) == 1 + 20 + 2
-    assert lines[-2:] == ["31 rows: q: is missing or no text", "30 rows: a: is missing or no text"]
+    assert lines[0] == (
+        "61 of 61 rows cannot be used; mend or remove them, or set them aside with --data.on-bad-row quarantine (the "
+        "first 20, then counts by reason):"
+    )
+    assert len(lines) == 1 + 20 + 2 + 1
+    assert lines[-3:-1] == ["31 rows: q: is missing or no text", "30 rows: a: is missing or no text"]
 
 
 def test_one_reason_counts_once_whatever_its_numbers(bench: Bench) -> None:
     bench.write("train", long_rows(9, [1, 3, 5]))
     with pytest.raises(Problems) as caught:
         bench.prepare(context_length=20, data={"on-long": "error"})
-    assert [problem.reason for problem in caught.value.problems[3:]] == ["3 rows: is longer than --context-length 20"]
+    assert [problem.reason for problem in caught.value.problems[3:-1]] == ["3 rows: is longer than --context-length 20"]
 
 
 def test_many_different_reasons_stay_a_short_list(bench: Bench) -> None:
@@ -365,8 +376,8 @@ def test_many_different_reasons_stay_a_short_list(bench: Bench) -> None:
     with pytest.raises(Problems) as caught:
         bench.prepare()
     lines = str(caught.value).split("\n")
-    assert len(lines) == 1 + 20 + 20 + 1
-    assert lines[-1].endswith("rows: other reasons")
+    assert len(lines) == 1 + 20 + 20 + 1 + 1
+    assert lines[-2] == "80 rows: other reasons"
 
 
 def test_a_role_that_does_not_exist_is_said_before_the_rows(bench: Bench) -> None:
@@ -446,23 +457,23 @@ def test_too_many_long_rows(bench: Bench) -> None:
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_held_out_counts_are_exact(rows: int, fraction: float, seed: int) -> None:
     count = round(fraction * rows)
-    lines = list(range(1, rows + 1))
+    lines = np.arange(1, rows + 1)
     if 0 < count < rows:
-        held = held_out(lines, fraction, seed)
-        assert len(held) == count
-        assert held == held_out(lines, fraction, seed)
+        held = held_out(lines, fraction, seed).tolist()
+        assert len(set(held)) == count
+        assert held == held_out(lines, fraction, seed).tolist()
     else:
         with pytest.raises(InputError, match=f"--data.validation-fraction .* of {rows} rows is {count} rows"):
             held_out(lines, fraction, seed)
 
 
 def test_a_row_stays_on_its_side() -> None:
-    lines = list(range(1, 1001))
-    held = {lines[index] for index in held_out(lines, 0.1, 0)}
-    without = [line for line in lines if line % 50]
-    again = {without[index] for index in held_out(without, 0.1, 0)}
+    lines = np.arange(1, 1001)
+    held = set(lines[held_out(lines, 0.1, 0)].tolist())
+    without = lines[lines % 50 != 0]
+    again = set(without[held_out(without, 0.1, 0)].tolist())
     assert len(again - held) <= 2 + len([line for line in held if line % 50 == 0])
-    assert held != {lines[index] for index in held_out(lines, 0.1, 1)}
+    assert held != set(lines[held_out(lines, 0.1, 1)].tolist())
 
 
 def test_validation_rows_are_taken_from_the_training_rows(bench: Bench) -> None:

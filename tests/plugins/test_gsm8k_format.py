@@ -24,6 +24,7 @@ def test_a_row_becomes_a_read_question_and_a_learnt_answer(dataset: DatasetForma
             Message("assistant", "A\n#### 1", trained=True, opening="<START_A>", closing="<END_A>"),
         )
     )
+    assert dataset.keys == ("question", "answer")
     assert dataset.special_tokens == ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
 
 
@@ -37,7 +38,6 @@ def test_a_row_becomes_a_read_question_and_a_learnt_answer(dataset: DatasetForma
         ({"question": ["Q"], "answer": "A"}, "question", "is list, not text"),
         ({"question": "", "answer": "A"}, "question", "is empty"),
         ({"question": "Q", "answer": " \n\t"}, "answer", "is empty"),
-        ({"question": "Q", "answer": "A", "anwser": "A"}, "anwser", "is unknown; a row has question and answer"),
     ],
 )
 def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], field: str, reason: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmft_core import Conversation, Message, RowProblem
 from llmft_core.data.chat_template import ChatTemplate
-from llmft_core.data.encode import Encoder
+from llmft_core.data.encode import Encoder, EncoderRecipe
 from llmft_core.options import Options
 from llmft_plugins.models.llama2 import CHAT_TEMPLATE, Llama2, from_sentencepiece
 
@@ -70,7 +70,7 @@ def encode(tokenizer: Any, dialogs: list[Dialog]) -> list[Any]:
     template = ChatTemplate.of(tokenizer, tokenizer.chat_template)
     rows = [template.literal(conversation(dialog), "completion") for dialog in dialogs]
     assert [row for row in rows if isinstance(row, RowProblem)] == []
-    return list(Encoder(tokenizer, "completion", 100_000, "error").encode_many(rows))  # type: ignore[arg-type]
+    return list(Encoder(EncoderRecipe.of(tokenizer, "completion", 100_000, "error")).encode_many(rows))  # type: ignore[arg-type]
 
 
 def turns(*texts: str, system: str = "") -> Dialog:

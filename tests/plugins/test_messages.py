@@ -84,5 +84,6 @@ def test_other_fields_of_a_row() -> None:
     row = {"messages": [USER, ASSISTANT]}
     tools = RowProblem("tools", "is of no use here: only messages of text are trained; remove it")
     assert DATASET.parse({**row, "tools": [{"type": "function"}]}) == tools
-    assert DATASET.parse({**row, "id": 7}) == RowProblem("id", "is unknown; a row has messages, nothing else")
+    assert isinstance(DATASET.parse({**row, "tools": None, "functions": []}), Conversation)
+    assert DATASET.keys == ("messages", "tools", "functions")
     assert DATASET.parse({"conversation": []}) == RowProblem("messages", "is missing; the row has conversation")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from llmft_core import Conversation, DatasetFormat, Message, Options, Role, RowProblem, SourceOptions, hookimpl
-from llmft_plugins.datasets.fields import wrong_fields, wrong_text
+from llmft_plugins.datasets.fields import missing_field, wrong_text
 from llmft_plugins.datasets.tags import Tags, read_tags
 
 llmft_api = 1
@@ -39,6 +39,7 @@ class ChatTags(DatasetFormat):
     name: ClassVar[str] = "chat-tags"
     summary: ClassVar[str] = "dialogues as text with tags of your own: train.jsonl, test.jsonl and tokens.json"
     options_type: ClassVar[type[Options]] = ChatTagsOptions
+    keys: ClassVar[tuple[str, ...]] = (FIELD,)
     companions: ClassVar[Mapping[str, str]] = {"tokens.json": "tokens"}
 
     def read_companion(self, name: str, content: bytes) -> None:
@@ -56,7 +57,7 @@ class ChatTags(DatasetFormat):
         self._capitals = all(tag == tag.upper() for tag in tags.tokens)
 
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
-        problem = wrong_fields(row, [FIELD]) or wrong_text(row[FIELD], FIELD)
+        problem = missing_field(row, [FIELD]) or wrong_text(row[FIELD], FIELD)
         return problem or self._conversation(row[FIELD])
 
     def _conversation(self, text: str) -> Conversation | RowProblem:

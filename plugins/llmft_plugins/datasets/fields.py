@@ -10,14 +10,11 @@ from llmft_core import RowProblem
 LONGEST = 40  # characters of a key that are shown
 
 
-def wrong_fields(row: Mapping[str, Any], fields: Sequence[str]) -> RowProblem | None:
-    """The first field that is missing, or unknown; None where the row has exactly these."""
+def missing_field(row: Mapping[str, Any], fields: Sequence[str]) -> RowProblem | None:
+    """The first field that is missing; None where all are there."""
     for field in fields:
         if field not in row:
             return RowProblem(field, f"is missing; the row has {', '.join(map(shown_key, row)) or 'no fields'}")
-    for key in row:
-        if key not in fields:
-            return RowProblem(shown_key(key), f"is unknown; a row has {' and '.join(fields)}, nothing else")
     return None
 
 

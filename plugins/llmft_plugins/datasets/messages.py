@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmft_core import Conversation, DatasetFormat, Message, Options, Role, RowProblem, SourceOptions, hookimpl
-from llmft_plugins.datasets.fields import shown_key, wrong_fields, wrong_text
+from llmft_plugins.datasets.fields import missing_field, shown_key, wrong_text
 
 llmft_api = 1
 
 FIELD = "messages"
 ONLY_TEXT = "only messages of text are trained"
+TOOLS = ("tools", "functions")  # what others put beside the messages
 MESSAGE_KEYS = ("role", "content", "weight")
 
 
@@ -22,6 +23,7 @@ class Messages(DatasetFormat):
     name: ClassVar[str] = "messages"
     summary: ClassVar[str] = "chats as lists of role and content, written in the model's own chat template"
     options_type: ClassVar[type[Options]] = SourceOptions
+    keys: ClassVar[tuple[str, ...]] = (FIELD, *TOOLS)
     roles = (
         Role("system", served_as="system"),
         Role("user", served_as="user"),
@@ -29,10 +31,10 @@ class Messages(DatasetFormat):
     )
 
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
-        for key in ("tools", "functions"):
+        for key in TOOLS:
             if row.get(key):
                 return RowProblem(key, f"is of no use here: {ONLY_TEXT}; remove it")
-        if problem := wrong_fields(row, [FIELD]):
+        if problem := missing_field(row, [FIELD]):
             return problem
         given = row[FIELD]
         if not isinstance(given, list):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from llmft_core import Conversation, DatasetFormat, Message, Role, RowProblem
-from llmft_plugins.datasets.fields import wrong_fields, wrong_text
+from llmft_plugins.datasets.fields import missing_field, wrong_text
 
 FIELDS = ("question", "answer")
 USER = Role("user", "<START_Q>", "<END_Q>", served_as="user")
@@ -18,9 +18,10 @@ class QuestionAnswer(DatasetFormat):
 
     special_tokens = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
     roles = (USER, ASSISTANT)
+    keys: ClassVar[tuple[str, ...]] = FIELDS
 
     def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
-        if problem := wrong_fields(row, FIELDS):
+        if problem := missing_field(row, FIELDS):
             return problem
         for field in FIELDS:
             if problem := wrong_text(row[field], field):
