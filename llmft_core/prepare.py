@@ -168,23 +168,21 @@ def prompting(
     dataset: DatasetFormat, source: SplitSource, data: PreparedData, tokenizer: Any, template: str, plan: RunPlan
 ) -> tuple[str | None, tuple[str, ...]]:
     """How a checkpoint is prompted as its rows were written: its chat template and the tokens that end an answer. For
-    chats that is `template`, the model's own; where rows have neither tags nor template, what the tokenizer has."""
-    first = first_conversation(dataset, source, data)
-    if first.template:
-        written = ChatTemplate.of(tokenizer, template).literal(first, plan.data.train_on)
-        ends = [each.closing for each in written.messages if each.trained] if isinstance(written, Conversation) else []
-        return template, tuple(dict.fromkeys(filter(None, ends)))
-    roles = trained_roles(dataset.roles or roles_of(first), plan.data.train_on)
-    begins = tokenizer.bos_token_id in tokenizer("")["input_ids"]
-    return chat_template(roles, begins) or tokenizer.chat_template, stop_tokens(roles)
-
-
-def first_conversation(dataset: DatasetFormat, source: SplitSource, data: PreparedData) -> Conversation:
-    """The first training row as a conversation. The rows have been checked already."""
-    for _, row in source.rows(data.report.splits["train"].source_digest):
-        parsed = row if isinstance(row, RowProblem) else dataset.parse(row)
-        if isinstance(parsed, Conversation):
-            return parsed
+    chats that is `template`, the model's own; where rows have neither tags nor template, what the tokenizer has. The
+    first training row that can be used shows which."""
+    digest = data.report.splits["train"].source_digest
+    rows = (row if isinstance(row, RowProblem) else dataset.parse(row) for _, row in source.rows(digest))
+    for row in rows:
+        if isinstance(row, RowProblem):
+            continue  # set aside
+        if not row.template:
+            roles = trained_roles(dataset.roles or roles_of(row), plan.data.train_on)
+            begins = tokenizer.bos_token_id in tokenizer("")["input_ids"]
+            return chat_template(roles, begins) or tokenizer.chat_template, stop_tokens(roles)
+        written = ChatTemplate.of(tokenizer, template).literal(row, plan.data.train_on)
+        if isinstance(written, Conversation) and any(message.trained for message in written.messages):
+            ends = [message.closing for message in written.messages if message.trained and message.closing]
+            return template, tuple(dict.fromkeys(ends))
     raise InputError(f"{source.name} has no rows any more: it was changed while it was read")
 
 

@@ -189,6 +189,9 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
 
 
+NO_TEMPLATE = ChatTemplate("", {}, ())
+
+
 class _Builder:
     """Literal messages: neighbouring texts of one role are one, and special tokens stand before and after them."""
 

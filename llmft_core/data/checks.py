@@ -43,7 +43,8 @@ def parse_row(dataset: DatasetFormat, row: dict[str, Any], origin: Origin) -> Co
     if isinstance(parsed, Conversation):
         if not parsed.messages:
             return RowProblem("", "holds no message")
-        for before, one, after in zip((None, *parsed.messages), parsed.messages, (*parsed.messages[1:], None), strict=False):
+        around = (None, *parsed.messages, None)
+        for before, one, after in zip(around, parsed.messages, around[2:], strict=False):
             if one.trained and not one.text.strip() and not _goes_on(before, one) and not _goes_on(one, after):
                 return RowProblem(one.role, "is trained and empty")
     return parsed

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.chat_template import ChatTemplate
+from llmft_core.data.chat_template import NO_TEMPLATE, ChatTemplate
 from llmft_core.errors import InputError, LlmftError, close_match
 from llmft_core.values import IGNORED_LABEL, Conversation, EncodedExample, Message, RowProblem
 
@@ -67,7 +67,7 @@ class EncoderRecipe:
     on_long: OnLong
     tags: tuple[str, ...] = ()
     """Tokens that are never read out of a text, besides the tokenizer's special ones."""
-    chat: ChatTemplate = ChatTemplate("", {}, ())
+    chat: ChatTemplate = NO_TEMPLATE
     """For conversations that are to be written in the model's own chat template, before they are encoded."""
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Contract suites: what every extension of a kind promises, as tests to subclass. Here storage, and what all kinds share.
+"""Contract suites: what every extension of a kind promises, as tests to subclass. Here storage, and what all share.
 
     class TestMyDisk(StorageBackendContract):
         @pytest.fixture

@@ -214,8 +214,8 @@ def test_problems_come_with_the_bytes_of_the_row(formats: Any, recipe: EncoderRe
 def test_bad_rows_of_workers_are_told_together(formats: Any, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"q": number}) + "\n" for number in range(30)))
     dataset: DatasetFormat = formats.Pairs(SourceOptions.model_validate({"source": str(tmp_path)}))
+    plan = RunPlan.model_validate({"data": {"processes": 1}})
     with pytest.raises(Problems) as caught:
-        plan = RunPlan.model_validate({"data": {"processes": 1}})
         prepare(dataset, find_sources(dataset, None), plan, byte_level_tokenizer(), "p", tmp_path)
     assert "30 of 30 rows cannot be used" in str(caught.value)
     assert str(caught.value.problems[0]) == f"{tmp_path}/train.jsonl:1: q: is missing"
