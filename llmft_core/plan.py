@@ -84,6 +84,15 @@ class DataOptions(Options):
     mix: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(comma_separated)] = Field(
         [], description="passes of an epoch over each training source, in their order (2,0.5); default: one each"
     )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="where rows are encoded: local (all cores of this machine), ray (all nodes of --cluster)"
+    )
+    processes: NotNegative | None = Field(
+        None, description="processes that encode on this machine; 0: none but this one; default: one a core"
+    )
+    rehash: bool = Field(
+        False, description="read the sources and the token cache whole, also where they seem to be as they were"
+    )
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the training rows kept for evaluation where there is no test split"
     )

@@ -6,24 +6,30 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from llmft_core.data.blocks import Block
-from llmft_core.data.checks import bom_finding, parsed_rows, table_findings, token_findings
-from llmft_core.data.encode import Encoder, TooLong
+from llmft_core.data.checks import bom_finding, prompt_findings, token_findings
+from llmft_core.data.encode import EncoderRecipe
+from llmft_core.data.encode_blocks import EncodedBlock, Work
 from llmft_core.data.faults import SHOWN, BadRows, Faults
 from llmft_core.data.quarantine import Quarantine
+from llmft_core.data.ray_engine import RayEngine
 from llmft_core.data.repeats import RowHashes
 from llmft_core.data.report import DataReport, Finding, SplitReport
-from llmft_core.data.sources import SplitSource
-from llmft_core.data.tables import ARRAYS, TokenTable, write_selection, writing
+from llmft_core.data.sources import SplitSource, joined_digest
+from llmft_core.data.tables import MOST_FILES, TokenTable, write_selection, writing
+from llmft_core.data.workers import LocalEngine
 from llmft_core.errors import InputError
 from llmft_core.extensions import DatasetFormat, Split
 from llmft_core.plan import RunPlan
-from llmft_core.values import Conversation, Origin, RowProblem
+from llmft_core.values import Origin
 
 
 def refuse_loss(split: Split, read: int, dropped: int, cut: int, longest: int, plan: RunPlan) -> None:
@@ -40,20 +46,24 @@ def refuse_loss(split: Split, read: int, dropped: int, cut: int, longest: int, p
     )
 
 
-def held_out(lines: list[int], fraction: float, seed: int) -> set[int]:
-    """Which of the rows (by position) are kept for evaluation: exactly round(fraction × rows) of them, those whose
-    hash of seed and line is smallest, so a row stays on its side when others come, go or are dropped."""
-    count = round(fraction * len(lines))
-    if not 0 < count < len(lines):
+def held_out(places: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.int64]:
+    """Which of the rows (by position, in order) are kept for evaluation: exactly round(fraction × rows) of them, those
+    whose hash of seed and place is smallest, so a row stays on its side when others come, go or are dropped.
+
+    `places` (rows,) are as `place_numbers` makes them."""
+    count = round(fraction * len(places))
+    if not 0 < count < len(places):
         raise InputError(
-            f"--data.validation-fraction {fraction:g} of {len(lines)} rows is {count} rows: choose one that leaves "
+            f"--data.validation-fraction {fraction:g} of {len(places)} rows is {count} rows: choose one that leaves "
             "rows on both sides, or give test rows"
         )
+    ranks = b"".join(hashlib.sha256(f"{seed}:{place}".encode()).digest()[:8] for place in places.tolist())
+    return np.sort(np.argsort(np.frombuffer(ranks, dtype=">u8"), kind="stable")[:count])
 
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}:{lines[index]}".encode()).digest()
 
-    return set(sorted(range(len(lines)), key=rank)[:count])
+def place_numbers(table: TokenTable) -> npt.NDArray[np.int64]:
+    """A number (rows,) for the file and line that each row came from."""
+    return (table.files.astype(np.int64) << 32) | table.lines
 
 
 @dataclass
@@ -63,20 +73,32 @@ class _Tally:
     read: int = 0
     bad: int = 0
     longest: int = 0  # tokens
+    dropped: int = 0
+    dropped_first: list[Origin] = field(default_factory=list)
+    cut: array[int] = field(default_factory=lambda: array("q"))  # their places, as `place_numbers` has them
+    digest: str = ""  # of the table
     warnings: list[Finding] = field(default_factory=list)
-    dropped: list[Origin] = field(default_factory=list)
-    cut: list[Origin] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """What all rows of all splits have between them."""
+
+    faults: Faults
+    hashes: RowHashes = field(default_factory=RowHashes)
+    roles: set[str] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Build:
-    """Makes one cache folder."""
+    """Makes one cache folder. `digests` are those of the files of each split."""
 
     dataset: DatasetFormat
     plan: RunPlan
-    encoder: Encoder
+    recipe: EncoderRecipe
     sources: Mapping[Split, SplitSource]
-    digests: Mapping[Split, str]
+    digests: Mapping[Split, Sequence[str]]
     key: str
     quarantine: Path
     """The file in which all rows will lie that cannot be used."""
@@ -98,136 +120,143 @@ class Build:
 
     def _tables(self, draft: Path) -> DataReport:
         aside = Quarantine(self.quarantine)
-        faults, hashes = Faults(aside), RowHashes()
+        seen = _Seen(Faults(aside))
+        work = Work(self.dataset, self.recipe)
         try:
-            tallies = {split: self._read_split(split, draft / split, faults, hashes) for split in self.sources}
-            self.encoder.check_roles()  # before the rows: with a misspelt role nothing is trained in any of them
+            with (
+                RayEngine(work)
+                if self.plan.data.engine == "ray"
+                else LocalEngine(work, self.plan.data.processes) as engine
+            ):
+                tallies = {split: self._read_split(split, draft / split, engine, seen) for split in self.sources}
+            # Before the rows: with a misspelt role nothing is trained in any of them.
+            self.recipe.check_roles(seen.roles)
             aside.finish()
         finally:
             aside.discard()
-        bad_rows = faults.bad_rows
+        bad_rows = seen.faults.bad_rows
         self._check_some_left(tallies, bad_rows)
-        repeats, shared = hashes.findings()
-        tokens = {token: self.encoder.tokenizer.convert_tokens_to_ids(token) for token in self.dataset.special_tokens}
+        repeats, shared = seen.hashes.findings()
         for split, tally in tallies.items():
-            table = TokenTable(draft / split, self.sources[split].name)
-            tally.warnings += [*table_findings(table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
+            if self.plan.data.train_on != "all":
+                tally.warnings += prompt_findings(TokenTable(draft / split, self._names(split)))
+            tally.warnings += repeats.get(split, ())
         splits: dict[Split, SplitReport] = {}
+        digests: dict[Split, str] = {}
         for split, tally in tallies.items():
             splits[split] = self._report(split, TokenTable(draft / split), tally)
+            digests[split] = tally.digest
         if self.plan.data.validation_fraction > 0:
-            splits |= self._hold_out(draft, tallies["train"])
-        content = _content_digest([draft / split for split in splits])
-        warnings = (*token_findings(self.encoder.tokenizer, tokens), *shared)
-        return DataReport(self.key, content, splits, bad_rows, warnings)
+            self._hold_out(draft, tallies["train"], splits, digests)
+        warnings = (*token_findings(self.recipe.tags, seen.tags), *shared)
+        return DataReport(self.key, content_digest(digests), splits, bad_rows, warnings)
 
     def _check_some_left(self, tallies: Mapping[Split, _Tally], bad_rows: BadRows) -> None:
         """Raises InputError where a split has no rows, or none that can be trained on."""
         for split, tally in tallies.items():
-            source, dropped = self.sources[split], len(tally.dropped)
+            source = self.sources[split]
             if not tally.read:
                 raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
-            if tally.bad + dropped < tally.read:
+            if tally.bad + tally.dropped < tally.read:
                 continue
             read = {name: (one.read, one.bad) for name, one in tallies.items()}
             bad_rows.refuse(read, self.plan.data, self.quarantine)
-            refuse_loss(split, tally.read, dropped, 0, tally.longest, self.plan)
+            refuse_loss(split, tally.read, tally.dropped, 0, tally.longest, self.plan)
             raise InputError(
-                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and {dropped} "
-                f"are longer than --context-length {self.plan.context_length}"
+                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
+                f"{tally.dropped} are longer than --context-length {self.plan.context_length}"
             )
 
-    def _read_split(self, split: Split, folder: Path, faults: Faults, hashes: RowHashes) -> _Tally:
-        source, tally = self.sources[split], _Tally()
-        waiting: deque[tuple[Block, Origin]] = deque()  # of the conversations that are in the encoder
+    def _names(self, split: Split) -> tuple[str, ...]:
+        return tuple(file.name for file in self.sources[split].files)
 
-        def refused(block: Block, origin: Origin, problem: RowProblem) -> None:
-            tally.bad += 1
-            faults.add(origin, problem, block.raw(origin.line))
+    def _read_split(self, split: Split, folder: Path, engine: LocalEngine | RayEngine, seen: _Seen) -> _Tally:
+        source, digests = self.sources[split], self.digests[split]
+        if len(source.files) > MOST_FILES:
+            raise InputError(f"{source.flag}: {source.name}: a split has at most {MOST_FILES} files; join some of them")
+        tally = _Tally()
 
-        def conversations() -> Iterator[Conversation]:
-            for block in source.blocks(self.digests[split]):
-                name = source.files[block.file].name
+        def name_of(file: int) -> str:
+            return source.files[file].name
+
+        def blocks() -> Iterator[Block]:
+            for block in source.blocks(joined_digest(digests), digests):
                 if block.bom:
-                    tally.warnings.append(bom_finding(name))
-                lines, found = [], []
-                for line, parsed, hash_ in parsed_rows(self.dataset, block, name):
-                    tally.read += 1
-                    origin = Origin(name, line)
-                    if isinstance(parsed, RowProblem):
-                        refused(block, origin, parsed)
-                        continue
-                    lines.append(line)
-                    found.append(hash_)
-                    waiting.append((block, origin))
-                    yield parsed
-                hashes.add(split, name, lines, found)
+                    tally.warnings.append(bom_finding(name_of(block.file)))
+                yield block
 
         with writing(folder) as table:
-            for encoded in self.encoder.encode_many(conversations()):
-                block, origin = waiting.popleft()
-                if isinstance(encoded, RowProblem):
-                    refused(block, origin, encoded)
-                    continue
-                example = encoded.kept if isinstance(encoded, TooLong) else encoded
-                tokens = encoded.tokens if isinstance(encoded, TooLong) else len(encoded.input_ids)
-                tally.longest = max(tally.longest, tokens)
-                if example is None:
-                    tally.dropped.append(origin)
-                    continue
-                if isinstance(encoded, TooLong):
-                    tally.cut.append(origin)
-                table.append(example, origin.line)
+            for block in engine.encode(blocks(), name_of):
+                name = name_of(block.file)
+                for line, problem, raw in block.problems:
+                    seen.faults.add(Origin(name, line), problem, raw)
+                seen.hashes.add(split, name, block.lines, block.hashes)
+                seen.roles |= block.roles
+                seen.tags |= block.tags
+                self._count(tally, block, name)
+                files = np.full(len(block.lines), block.file)
+                table.append_rows(block.ids, block.trained, block.lengths, block.lines, files)
+        tally.digest = table.digest()
         return tally
 
+    def _count(self, tally: _Tally, block: EncodedBlock, file_name: str) -> None:
+        tally.read += block.read
+        tally.bad += len(block.problems)
+        tally.longest = max(tally.longest, block.longest)
+        tally.dropped += len(block.dropped)
+        for line in block.dropped[: SHOWN - len(tally.dropped_first)]:
+            tally.dropped_first.append(Origin(file_name, line))
+        tally.cut.extend((block.file << 32) | line for line in block.cut)
+
     def _report(self, split: Split, table: TokenTable, tally: _Tally) -> SplitReport:
+        source = self.sources[split]
+        cut = [Origin(source.files[place >> 32].name, place & 0xFFFFFFFF) for place in tally.cut[:SHOWN]]
         return SplitReport(
-            source=self.sources[split].name,
-            source_digest=self.digests[split],
-            files=tuple(file.name for file in self.sources[split].files),
-            weights=self.sources[split].weights,
+            source=source.name,
+            source_digest=joined_digest(self.digests[split]),
+            files=self._names(split),
+            weights=source.weights,
             rows_read=tally.read,
             rows=len(table),
             bad=tally.bad,
-            dropped=len(tally.dropped),
+            dropped=tally.dropped,
             cut=len(tally.cut),
             tokens=table.total_tokens,
             trained_tokens=table.total_trained_tokens,
             longest=table.longest,
             longest_read=tally.longest,
             ends_trained=table.ends_trained,
-            dropped_origins=tuple(map(str, tally.dropped[:SHOWN])),
-            cut_origins=tuple(map(str, tally.cut[:SHOWN])),
+            dropped_origins=tuple(map(str, tally.dropped_first)),
+            cut_origins=tuple(map(str, cut)),
             warnings=tuple(tally.warnings),
         )
 
-    def _hold_out(self, draft: Path, tally: _Tally) -> dict[Split, SplitReport]:
+    def _hold_out(
+        self, draft: Path, tally: _Tally, splits: dict[Split, SplitReport], digests: dict[Split, str]
+    ) -> None:
         """Divides the training table in two. What was dropped stays in the account of the training split."""
         whole_folder = (draft / "train").rename(draft / "whole")
         whole = TokenTable(whole_folder)
-        held = held_out([int(line) for line in whole.lines], self.plan.data.validation_fraction, self.plan.seed)
-        write_selection(whole, [row for row in range(len(whole)) if row not in held], draft / "train")
-        write_selection(whole, sorted(held), draft / "test")
+        places = place_numbers(whole)
+        held = held_out(places, self.plan.data.validation_fraction, self.plan.seed)
+        kept = np.ones(len(whole), dtype=bool)
+        kept[held] = False
+        digests["train"] = write_selection(whole, np.flatnonzero(kept), draft / "train")
+        digests["test"] = write_selection(whole, held, draft / "test")
         shutil.rmtree(whole_folder)
         train, test = TokenTable(draft / "train"), TokenTable(draft / "test")
-        held_lines = set(test.lines.tolist())
-        test_cut = [origin for origin in tally.cut if origin.line in held_lines]
-        train_cut = [origin for origin in tally.cut if origin.line not in held_lines]
-        return {
-            "train": self._report("train", train, replace(tally, read=tally.read - len(test), cut=train_cut)),
-            "test": replace(
-                self._report("train", test, replace(tally, read=len(test), bad=0, dropped=[], cut=test_cut)),
-                weights=tuple(1.0 for _ in self.sources["train"].files),
-                longest_read=test.longest,
-                warnings=(),
-            ),
-        }
+        cut = np.array(tally.cut, dtype=np.int64)
+        is_held = np.isin(cut, places[held])
+        test_cut, train_cut = array("q", cut[is_held].tolist()), array("q", cut[~is_held].tolist())
+        splits["train"] = self._report("train", train, replace(tally, read=tally.read - len(test), cut=train_cut))
+        held_tally = replace(tally, read=len(test), bad=0, dropped=0, dropped_first=[], cut=test_cut, warnings=[])
+        splits["test"] = replace(
+            self._report("train", test, held_tally),
+            weights=(1.0,) * len(self.sources["train"].files),
+            longest_read=test.longest,
+        )
 
 
-def _content_digest(folders: list[Path]) -> str:
-    hasher = hashlib.sha256()
-    for folder in folders:
-        for name in ARRAYS:
-            if name != "lines":
-                hasher.update((folder / f"{name}.npy").read_bytes())
-    return hasher.hexdigest()
+def content_digest(digests: Mapping[Split, str]) -> str:
+    """SHA-256 (hex) that stands for the tokens and labels of all splits."""
+    return hashlib.sha256(" ".join(f"{split}:{digest}" for split, digest in digests.items()).encode()).hexdigest()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from llmft_core.errors import InputError, LlmftError, close_match
 from llmft_core.values import IGNORED_LABEL, Conversation, EncodedExample, Message, RowProblem
@@ -17,6 +20,12 @@ ENCODER_VERSION = 1
 
 BATCH = 512
 """Conversations in one call of the tokenizer, which spreads a call over the cores."""
+
+JOINED = 4
+"""Rows in one text for the tokenizer: fewer calls; with many more its own lists of tokens get slow."""
+
+_NOTHING = -1
+"""Takes the place of an anchor for which no token stands."""
 
 OnLong = Literal["drop", "truncate", "error"]
 
@@ -32,90 +41,232 @@ class TooLong:
 Encoded = EncodedExample | TooLong | RowProblem
 
 
-class Encoder:
-    """Encodes conversations with one tokenizer.
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What became of some conversations. Rows are counted in their order, from 0."""
 
-    The ids are those of `tokenizer(whole text, tags included)`, with one difference that is meant: a tag that occurs
-    in somebody's text is text. So every text is encoded alone, by a private copy of the tokenizer that knows no
-    special tokens in texts; what follows a tag is put behind an anchor token, so that it does not get the space that
-    some tokenizers put before the first word of a text.
-    """
+    ids: npt.NDArray[np.int32]  # (tokens,): the rows that are kept, behind one another
+    trained: npt.NDArray[np.uint8]  # (tokens,): 1 where a token is its own label
+    lengths: npt.NDArray[np.int64]  # (kept rows,), tokens
+    kept: npt.NDArray[np.int64]  # (kept rows,): which rows these are
+    problems: dict[int, RowProblem]  # by row
+    too_long: dict[int, int]  # row → tokens it had; it is kept where it was cut
 
-    def __init__(
-        self, tokenizer: Any, train_on: str, context_length: int, on_long: OnLong, tags: Sequence[str] = ()
-    ) -> None:
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """All that an encoder is made of, as plain data: a worker process makes its own from it, without transformers."""
+
+    tokenizer: str  # tokenizer.json
+    start: tuple[int, ...]  # (BOS,), or () where the tokenizer begins without
+    end_id: int | None
+    unknown_id: int | None
+    train_on: str
+    context_length: int  # tokens
+    on_long: OnLong
+    tags: tuple[str, ...] = ()
+    """Tokens that are never read out of a text, besides the tokenizer's special ones."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, train_on: str, context_length: int, on_long: OnLong, tags: Sequence[str] = ()
+    ) -> EncoderRecipe:
         """`tokenizer` is a fast one of transformers that knows all tags; `train_on` is `completion`, `all` or roles
-        (`user,assistant`); `tags` are tokens that are never read out of a text, besides the tokenizer's special ones.
-        Raises LlmftError where the tokenizer is not a fast one."""
-        from tokenizers import AddedToken, Tokenizer
-
+        (`user,assistant`). Raises LlmftError where the tokenizer is not a fast one."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise LlmftError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer; its folder needs a tokenizer.json: "
                 "give another with --model.tokenizer FOLDER"
             )
-        self.tokenizer = tokenizer
-        self.train_on = train_on
-        self.roles = {role.strip() for role in train_on.split(",")} - {"", "all", "completion"}
-        self.context_length = context_length  # tokens
-        self.on_long = on_long
+        start = list(tokenizer("")["input_ids"])
+        if start and start[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+            start.pop()  # tokenizers that are told to end every text; where a row ends is decided here
+        return cls(
+            tokenizer.backend_tokenizer.to_str(),
+            tuple(start),
+            tokenizer.eos_token_id,
+            tokenizer.unk_token_id,
+            train_on,
+            context_length,
+            on_long,
+            tuple(tags),
+        )
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that `train_on` names, if it names any."""
+        return frozenset({role.strip() for role in self.train_on.split(",")} - {"", "all", "completion"})
+
+    def check_roles(self, seen: Set[str]) -> None:
+        """`seen` are the roles of all rows: raises InputError where `train_on` names another one."""
+        unknown = sorted(self.roles - seen)
+        if unknown and seen:
+            existing = sorted(seen)
+            raise InputError(
+                f"--data.train-on: no row has the role {unknown[0]}{close_match(unknown[0], existing)}; "
+                f"there are {', '.join(existing)}; `completion` trains what the dataset format marks, `all` everything"
+            )
+
+
+@dataclass
+class _Layout:
+    """A batch as texts for the tokenizer, with an anchor wherever the result has a token that is no text: start, tag,
+    end. What is said of an anchor and of the text behind it stands in lists, one entry an anchor."""
+
+    anchor: str
+    texts: list[str] = field(default_factory=list)
+    first_anchors: list[int] = field(default_factory=list)  # of each row
+    tokens: list[int] = field(default_factory=list)  # what takes the anchor's place, or _NOTHING
+    trained: list[bool] = field(default_factory=list)
+    text_trained: list[bool] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)  # whose text it is
+    _parts: list[str] = field(default_factory=list)  # of the last text, which is not in `texts` yet
+
+    def begin_row(self, start: Sequence[int], trained: bool, *, apart: bool) -> None:
+        """`start` becomes the row's first tokens. `apart`: its text must be the first that the tokenizer sees."""
+        if apart or len(self.first_anchors) % JOINED == 0:
+            self.end_text()
+        else:
+            self._parts += [self.anchor] * len(start)
+        self.first_anchors.append(len(self.tokens))
+        for token in start:
+            self._note(token, trained)
+
+    def tag(self, token: int, trained: bool) -> None:
+        self._parts.append(self.anchor)
+        self._note(token, trained)
+
+    def text(self, text: str, trained: bool, role: str) -> None:
+        if self._parts and self._parts[-1] != self.anchor:  # right behind another text
+            self.tag(_NOTHING, False)
+        self._parts.append(text)
+        self.text_trained[-1] = trained
+        self.roles[-1] = role
+
+    def end_text(self) -> None:
+        if self.first_anchors:
+            self.texts.append("".join(self._parts))
+        self._parts.clear()
+
+    def _note(self, token: int, trained: bool) -> None:
+        self.tokens.append(token)
+        self.trained.append(trained)
+        self.text_trained.append(False)
+        self.roles.append("")
+
+
+class Encoder:
+    """Encodes conversations with one tokenizer.
+
+    The ids are those of `tokenizer(whole text, tags included)`, with one difference that is meant: a tag that occurs
+    in somebody's text is text. So texts are encoded by a private copy of the tokenizer that knows no
+    special tokens in texts; tags are an anchor token in what it reads, so that a text behind one does not get the
+    space that some tokenizers put before the first word of a text, and each anchor that comes out becomes its tag.
+    """
+
+    def __init__(self, recipe: EncoderRecipe) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        self.recipe = recipe
+        self._roles = recipe.roles
         self.seen_roles: set[str] = set()
-        self.start: list[int] = list(tokenizer("")["input_ids"])  # [BOS], or [] where the tokenizer begins without
-        if self.start and self.start[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
-            self.start.pop()  # tokenizers that are told to end every text; where a row ends is decided here
+        self.seen_tags: set[str] = set()
         # Random, so that no text holds it; it never reaches a result.
         self._anchor = f"\ue000{secrets.token_hex(16)}\ue001"
-        plain = json.loads(tokenizer.backend_tokenizer.to_str())
+        plain = json.loads(recipe.tokenizer)
         plain |= {"truncation": None, "padding": None, "post_processor": None}
         added = plain["added_tokens"]
         for token in added:
-            token["special"] = token["special"] or token["content"] in tags
+            token["special"] = token["special"] or token["content"] in recipe.tags
         self._strips_right = {token["content"] for token in added if token["rstrip"]}
         self._strips_left = {token["content"] for token in added if token["lstrip"]}
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._plain.add_tokens([AddedToken(self._anchor, special=False, normalized=False)])
         self._plain.encode_special_tokens = True
-        self._anchor_id = self._plain.token_to_id(self._anchor)
+        self._anchor_id: int = self._plain.token_to_id(self._anchor) or 0  # never 0: it was just added
         self._ids: dict[str, int] = {}  # tag → id
         self._never = {token["id"]: token["content"] for token in added if token["special"]}
-        self._never.pop(tokenizer.unk_token_id, None)
-        self._never_ids = frozenset(self._never)
+        self._never.pop(recipe.unknown_id, None)
+        self._is_never = np.zeros(max(self._plain.get_vocab().values()) + 1, dtype=bool)  # by id
+        self._is_never[list(self._never)] = True
+        self._start = recipe.start or (_NOTHING,)
+        self._start_anchors = [self._anchor_id] * len(self._start)
 
     def encode_many(self, conversations: Iterable[Conversation]) -> Iterator[Encoded]:
         """One result a conversation, in order: the example, TooLong (policies drop and truncate), or a RowProblem
         (too long under policy error; nothing in it is trained). Raises LlmftError for a tag that is not one token of
         the tokenizer, and where a row has no token that could end it."""
         remaining = iter(conversations)
-        while batch := list(islice(remaining, BATCH)):
-            texts = [text for conversation in batch for text in self._texts(conversation)]
-            found = iter(self._plain.encode_batch_fast(texts, add_special_tokens=False))
-            for conversation in batch:
-                yield self._fit(self._assemble(conversation, found))
+        while rows := list(islice(remaining, BATCH)):
+            batch = self.encode_batch(rows)
+            ends = np.cumsum(batch.lengths)
+            examples = {}
+            for row, end, length in zip(batch.kept.tolist(), ends.tolist(), batch.lengths.tolist(), strict=True):
+                ids = batch.ids[end - length : end]
+                labels = np.where(batch.trained[end - length : end], ids, IGNORED_LABEL)
+                examples[row] = EncodedExample(tuple(ids.tolist()), tuple(labels.tolist()))
+            for row in range(len(rows)):
+                if row in batch.problems:
+                    yield batch.problems[row]
+                elif row in batch.too_long:
+                    yield TooLong(batch.too_long[row], examples.get(row))
+                else:
+                    yield examples[row]
 
-    def check_roles(self) -> None:
-        """After the last row: raises InputError where `train_on` names a role that no row has."""
-        unknown = sorted(self.roles - self.seen_roles)
-        if unknown and self.seen_roles:
-            existing = sorted(self.seen_roles)
-            raise InputError(
-                f"--data.train-on: no row has the role {unknown[0]}{close_match(unknown[0], existing)}; "
-                f"there are {', '.join(existing)}; `completion` trains what the dataset format marks, `all` everything"
+    def encode_batch(self, conversations: Sequence[Conversation]) -> EncodedBatch:
+        """As `encode_many`, in arrays: nothing is done token by token, and little row by row."""
+        layout = self._laid_out(conversations)
+        found: list[int] = []
+        for encoding in self._plain.encode_batch_fast(layout.texts, add_special_tokens=False):
+            found += self._start_anchors
+            found += encoding.ids
+        ids = np.array(found, dtype=np.int32)
+        anchors = np.flatnonzero(ids == self._anchor_id)
+        if len(anchors) != len(layout.tokens):
+            raise LlmftError(
+                f"the tokenizer gave {len(anchors)} tokens where {len(layout.tokens)} were to be: two of its tokens "
+                "have one id; give another with --model.tokenizer FOLDER"
             )
+        starts = anchors[layout.first_anchors]
+        problems: dict[int, RowProblem] = {}
+        for position in np.flatnonzero(self._is_never[ids]).tolist():
+            row = int(np.searchsorted(starts, position, side="right")) - 1
+            role = layout.roles[int(np.searchsorted(anchors, position, side="right")) - 1]
+            token = self._never[int(ids[position])]
+            problems.setdefault(row, RowProblem(role, f"holds {token}, which this tokenizer cannot write as text"))
+        trained = np.repeat(np.array(layout.text_trained, dtype=np.uint8), np.diff(anchors, append=len(ids)))
+        trained[anchors] = layout.trained
+        ids[anchors] = layout.tokens
+        there = ids != _NOTHING
+        starts = (np.cumsum(there) - there)[starts]  # the same places, counted without what stands for nothing
+        return self._fitted(ids[there], trained[there], starts, problems)
 
     def _trained(self, message: Message) -> bool:
-        if self.train_on == "completion":
+        if self.recipe.train_on == "completion":
             return message.trained
-        return self.train_on == "all" or message.role in self.roles
+        return self.recipe.train_on == "all" or message.role in self._roles
 
-    def _texts(self, conversation: Conversation) -> Iterator[str]:
-        """What the tokenizer is asked for: every text that is not empty, behind the anchor unless it comes first."""
-        first = True
-        for message in conversation.messages:
-            text = self._stripped(message)
-            first = first and not message.opening
-            if text:
-                yield text if first else self._anchor + text
-            first = first and not text and not message.closing
+    def _laid_out(self, conversations: Sequence[Conversation]) -> _Layout:
+        everything = self.recipe.train_on == "all"
+        layout = _Layout(self._anchor)
+        for conversation in conversations:
+            messages = conversation.messages
+            layout.begin_row(self._start, everything, apart=not (messages and messages[0].opening))
+            ends_open = False
+            for message in messages:
+                self.seen_roles.add(message.role)
+                trained = self._trained(message)
+                if message.opening:
+                    layout.tag(self._id(message.opening), everything)
+                if text := self._stripped(message):
+                    layout.text(text, trained, message.role)
+                if message.closing:
+                    layout.tag(self._id(message.closing), trained)
+                ends_open = trained and not message.closing
+            if ends_open:
+                layout.tag(self._end(), True)
+        layout.end_text()
+        return layout
 
     def _stripped(self, message: Message) -> str:
         """The text without the whitespace that its tags swallow: some tokenizers' tags do."""
@@ -124,65 +275,51 @@ class Encoder:
             text = text.lstrip()
         return text.rstrip() if message.closing in self._strips_left else text
 
-    def _assemble(self, conversation: Conversation, found: Iterator[Any]) -> EncodedExample | RowProblem:
-        everything = self.train_on == "all"
-        ids = list(self.start)
-        labels = list(ids) if everything else [IGNORED_LABEL] * len(ids)
-        problem = None
-        ends_open = False
-
-        def append(new: list[int], trained: bool) -> None:
-            ids.extend(new)
-            labels.extend(new if trained else [IGNORED_LABEL] * len(new))
-
-        for message in conversation.messages:
-            self.seen_roles.add(message.role)
-            trained = self._trained(message)
-            if message.opening:
-                append([self._id(message.opening)], everything)
-            if self._stripped(message):
-                text_ids: list[int] = next(found).ids
-                if text_ids[:1] == [self._anchor_id]:
-                    del text_ids[0]
-                if not self._never_ids.isdisjoint(text_ids):
-                    token = next(self._never[each] for each in text_ids if each in self._never)
-                    problem = RowProblem(message.role, f"holds {token}, which this tokenizer cannot write as text")
-                append(text_ids, trained)
-            if message.closing:
-                append([self._id(message.closing)], trained)
-            ends_open = trained and not message.closing
-        if ends_open:
-            append([self._end()], True)
-        if problem:
-            return problem
+    def _fitted(
+        self,
+        ids: npt.NDArray[np.int32],
+        trained: npt.NDArray[np.uint8],
+        starts: npt.NDArray[np.int64],
+        problems: dict[int, RowProblem],
+    ) -> EncodedBatch:
+        """Rows [starts[i], starts[i + 1]) without those that cannot be used or are too long."""
+        ends = np.append(starts[1:], len(ids))
+        before = np.append(0, np.cumsum(trained, dtype=np.int64))  # trained tokens before each position
         # A model predicts the second token first, so a label at position 0 trains nothing.
-        if _untrained(labels[1:]):
-            return RowProblem("", f"nothing in it is trained (--data.train-on {self.train_on})")
-        return EncodedExample(tuple(ids), tuple(labels))
-
-    def _fit(self, example: EncodedExample | RowProblem) -> Encoded:
-        if isinstance(example, RowProblem) or len(example.input_ids) <= self.context_length:
-            return example
-        tokens = len(example.input_ids)
-        if self.on_long == "error":
-            return RowProblem("", f"is longer than --context-length {self.context_length}: {tokens} tokens")
-        if self.on_long == "drop":
-            return TooLong(tokens, None)
-        # The last token stays: it ends the row, and a model that never sees ends never stops. What is left must train
-        # something besides, or it would teach to end right after a question that was cut.
-        head = self.context_length - 1
-        if _untrained(example.labels[1:head]):
-            return TooLong(tokens, None)
-        return TooLong(
-            tokens,
-            EncodedExample(
-                example.input_ids[:head] + example.input_ids[-1:], example.labels[:head] + example.labels[-1:]
-            ),
-        )
+        for row in np.flatnonzero(before[ends] == before[np.minimum(starts + 1, ends)]).tolist():
+            problems.setdefault(
+                row, RowProblem("", f"nothing in it is trained (--data.train-on {self.recipe.train_on})")
+            )
+        lengths, context = ends - starts, self.recipe.context_length
+        wanted = np.ones(len(ids), dtype=bool)
+        too_long: dict[int, int] = {}
+        dropped = []
+        for row in np.flatnonzero(lengths > context).tolist():
+            if row in problems:
+                continue
+            tokens, start = int(lengths[row]), int(starts[row])
+            # The last token stays: it ends the row, and a model that never sees ends never stops. What is left must
+            # train something besides, or it would teach to end right after a question that was cut.
+            head = start + context - 1
+            if self.recipe.on_long == "error":
+                problems[row] = RowProblem("", f"is longer than --context-length {context}: {tokens} tokens")
+                continue
+            too_long[row] = tokens
+            if self.recipe.on_long == "truncate" and before[head] > before[min(start + 1, head)]:
+                wanted[head : start + tokens - 1] = False
+                lengths[row] = context
+            else:
+                dropped.append(row)
+        is_kept = np.ones(len(starts), dtype=bool)
+        for row in (*problems, *dropped):
+            is_kept[row] = False
+            wanted[starts[row] : ends[row]] = False
+        return EncodedBatch(ids[wanted], trained[wanted], lengths[is_kept], np.flatnonzero(is_kept), problems, too_long)
 
     def _id(self, tag: str) -> int:
+        self.seen_tags.add(tag)
         if tag not in self._ids:
-            known = self.tokenizer.backend_tokenizer.token_to_id(tag)
+            known = self._plain.token_to_id(tag)
             if known is None:
                 raise LlmftError(
                     f"the tokenizer has no token {tag}: the dataset format must list it in its special_tokens"
@@ -191,13 +328,9 @@ class Encoder:
         return self._ids[tag]
 
     def _end(self) -> int:
-        if self.tokenizer.eos_token_id is None:
+        if self.recipe.end_id is None:
             raise LlmftError(
                 "the tokenizer has no end token and the dataset format no closing one, so the model would never "
                 "learn to stop: use a format with closing tags, or give another tokenizer with --model.tokenizer"
             )
-        return int(self.tokenizer.eos_token_id)
-
-
-def _untrained(labels: Sequence[int]) -> bool:
-    return labels.count(IGNORED_LABEL) == len(labels)
+        return self.recipe.end_id

@@ -6,15 +6,17 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft_core.data.build import Build, refuse_loss
-from llmft_core.data.encode import ENCODER_VERSION, Encoder
+from llmft_core.data.build import Build, content_digest, refuse_loss
+from llmft_core.data.checks import id_findings
+from llmft_core.data.digests import Digests
+from llmft_core.data.encode import ENCODER_VERSION, EncoderRecipe
 from llmft_core.data.report import DataReport, SplitReport
-from llmft_core.data.sources import SplitSource, find_sources
+from llmft_core.data.sources import SplitSource, find_sources, joined_digest
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError, LlmftError, Problem, Problems
 from llmft_core.extensions import DatasetFormat, SourceOptions, Split
@@ -50,13 +52,26 @@ class PreparedData:
         """From the folder alone, as workers do. Raises LlmftError where it is not whole."""
         try:
             report = DataReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-            tables = {split: TokenTable(folder / split, one.source) for split, one in report.splits.items()}
+            tables = {split: TokenTable(folder / split, one.files) for split, one in report.splits.items()}
+            for split, table in tables.items():
+                if len(table) != report.splits[split].rows:
+                    raise ValueError(f"{split} has {len(table)} rows, not {report.splits[split].rows}")
             return cls(folder, report, tables["train"], tables.get("test"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LlmftError(
-                f"the token cache {folder} is damaged ({type(error).__name__}: {error}): remove that folder and start "
-                "again, and it is made anew"
-            ) from error
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+    def verify(self) -> None:
+        """Reads all tokens and labels. Raises LlmftError where they are not those that were written."""
+        tables = {"train": self.train, "test": self.test}
+        found = {split: table.digest() for split in self.report.splits if (table := tables[split]) is not None}
+        if content_digest(found) != self.report.content_digest:
+            raise _damaged(self.folder, "its tokens are not those that were written")
+
+
+def _damaged(folder: Path, why: str) -> LlmftError:
+    return LlmftError(
+        f"the token cache {folder} is damaged ({why}): remove that folder and start again, and it is made anew"
+    )
 
 
 def prepare(
@@ -78,19 +93,30 @@ def prepare(
             f"--data.validation-fraction {fraction:g}: there are test rows already ({sources['test'].name}); leave it "
             "out, or give the training rows alone with --dataset.train FILE"
         )
-    encoder = Encoder(
+    recipe = EncoderRecipe.of(
         tokenizer, plan.data.train_on, plan.context_length, plan.data.on_long, tags=dataset.special_tokens
     )
-    digests = {split: source.digest() for split, source in sources.items()}
-    key = cache_key(dataset, plan, encoder, fingerprint, digests)
+    try:
+        memory = Digests(cache / "digests")
+        digests = {
+            split: [memory.of(file, again=plan.data.rehash) for file in source.files]
+            for split, source in sources.items()
+        }
+    except OSError as error:
+        raise _unwritable(cache, error) from error
+    key = cache_key(dataset, plan, recipe, fingerprint, digests)
     folder = cache / "data" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
             new = not folder.exists()
             if new:
-                Build(dataset, plan, encoder, sources, digests, key, quarantine_file(cache, key)).write(folder)
-            data = _named(PreparedData.open(folder), sources)
+                Build(dataset, plan, recipe, sources, digests, key, quarantine_file(cache, key)).write(folder)
+            data = _renamed(PreparedData.open(folder), sources)
+            warnings = (*data.report.warnings, *id_findings(tokenizer, dataset.special_tokens))
+            data = replace(data, report=replace(data.report, warnings=warnings))
+            if plan.data.rehash:
+                data.verify()
             try:
                 refuse(data, plan)
             except InputError:
@@ -98,27 +124,8 @@ def prepare(
                     shutil.rmtree(folder)
                 raise
     except OSError as error:  # the sources' own errors are InputErrors already
-        raise LlmftError(
-            f"cannot write the token cache {folder.parent}: {error.strerror or error}; set LLMFT_CACHE to a folder "
-            "that is yours and has room"
-        ) from error
+        raise _unwritable(folder.parent, error) from error
     return data
-
-
-def _named(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
-    """With the names that the sources have now: the same bytes may have been read from elsewhere the first time."""
-    names: dict[str, str] = {}
-    splits: dict[Split, SplitReport] = {}
-    for split, one in data.report.splits.items():
-        source = sources.get(split, sources["train"])
-        files = [file.name for file in source.files]
-        names |= zip(one.files, files, strict=True)
-        weights = source.weights if split in sources else one.weights
-        splits[split] = one.renamed(source.name, files, weights)
-    data.train.source = splits["train"].source
-    if data.test is not None:
-        data.test.source = splits["test"].source
-    return replace(data, report=replace(data.report, splits=splits).renamed(names))
 
 
 def refuse(data: PreparedData, plan: RunPlan) -> None:
@@ -152,22 +159,32 @@ def quarantine_file(cache: Path, key: str) -> Path:
     return cache / "quarantine" / f"{key[:16]}.jsonl"
 
 
+def _unwritable(folder: Path, error: OSError) -> LlmftError:
+    return LlmftError(
+        f"cannot write the token cache {folder}: {error.strerror or error}; set LLMFT_CACHE to a folder that is yours "
+        "and has room"
+    )
+
+
 def cache_key(
-    dataset: DatasetFormat, plan: RunPlan, encoder: Encoder, fingerprint: str, digests: Mapping[Split, str]
+    dataset: DatasetFormat,
+    plan: RunPlan,
+    recipe: EncoderRecipe,
+    fingerprint: str,
+    digests: Mapping[Split, Sequence[str]],
 ) -> str:
     """SHA-256 of all that the tables depend on: what is read, by which code, with which tokenizer and options. Not
     where it is read from."""
     options = dataset.options.model_dump(mode="json", by_alias=True)
     if isinstance(dataset.options, SourceOptions):
         options = {name: value for name, value in options.items() if name not in ("source", "train", "test")}
-    backend = encoder.tokenizer.backend_tokenizer
     fraction = plan.data.validation_fraction
     parts = {
         "encoder": ENCODER_VERSION,
-        "sources": dict(digests),
+        "sources": {split: joined_digest(each) for split, each in digests.items()},
         "format": [dataset.name, options, _code_digest(type(dataset))],
-        "tokenizer": [fingerprint, encoder.start, encoder.tokenizer.eos_token_id],
-        "tags": {tag: backend.token_to_id(tag) for tag in dataset.special_tokens},
+        "tokenizer": [fingerprint, hashlib.sha256(recipe.tokenizer.encode()).hexdigest(), recipe.start, recipe.end_id],
+        "tags": recipe.tags,
         "train-on": plan.data.train_on,
         "context-length": plan.context_length,
         "on-long": plan.data.on_long,
@@ -184,3 +201,19 @@ def _code_digest(format_type: type[DatasetFormat]) -> str:
         if file and not module_name.startswith("llmft_core."):
             hasher.update(Path(file).read_bytes())
     return hasher.hexdigest()
+
+
+def _renamed(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
+    """The same with today's names of the files: the same bytes may have been read from elsewhere the first time."""
+    names: dict[str, str] = {}
+    splits: dict[Split, SplitReport] = {}
+    for split, one in data.report.splits.items():
+        source = sources.get(split, sources["train"])
+        files = [file.name for file in source.files]
+        names |= zip(one.files, files, strict=True)
+        weights = source.weights if split in sources else one.weights
+        splits[split] = one.renamed(source.name, files, weights)
+    data.train.sources = splits["train"].files
+    if data.test is not None:
+        data.test.sources = splits["test"].files
+    return replace(data, report=replace(data.report, splits=splits).renamed(names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class RowHashes:
 
     _chunks: dict[Split, list[tuple[str, Hashes, npt.NDArray[np.int32]]]] = field(default_factory=dict)
 
-    def add(self, split: Split, file: str, lines: Sequence[int], hashes: Sequence[int]) -> None:
+    def add(self, split: Split, file: str, lines: npt.ArrayLike, hashes: npt.ArrayLike) -> None:
         """Rows of one file, in order: their lines and hashes."""
         chunk = (file, np.array(hashes, dtype=np.uint64), np.array(lines, dtype=np.int32))
         self._chunks.setdefault(split, []).append(chunk)

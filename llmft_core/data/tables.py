@@ -1,7 +1,8 @@
-"""A table of token rows as memory-mapped arrays: written once, row by row; read by every worker, in slices."""
+"""A table of token rows as memory-mapped arrays: written once, block by block; read by every worker, in slices."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +13,40 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.values import IGNORED_LABEL, EncodedExample, Origin
+from llmft_core.values import IGNORED_LABEL, Origin
 
 # name → type of a flat array of the table
-ARRAYS = {"ids": "<i4", "trained": "|u1", "offsets": "<i8", "lines": "<i4"}
+ARRAYS = {"ids": "<i4", "trained": "|u1", "offsets": "<i8", "lines": "<i4", "files": "<u2"}
+CONTENT = ("ids", "trained", "offsets")
+"""The arrays that say what is trained; the others say where it came from."""
+MOST_FILES = 2**16
+"""Files of a split, at most."""
+COPIED = 1 << 16  # rows that are copied from a table to another at once
 
 
 class TokenTable:
     """The rows of one split. `ids` and `trained` (tokens,) are all rows behind one another, row i is
-    [offsets[i], offsets[i + 1]); `offsets` is (rows + 1,), `lines` (rows,) the line each row came from."""
+    [offsets[i], offsets[i + 1]); `offsets` is (rows + 1,); `lines` and `files` (rows,) say where each row came from.
 
-    def __init__(self, folder: Path, source: str = "") -> None:
-        """Maps the arrays of a folder; `source` is the file that `lines` are lines of. Raises OSError where one is
-        missing."""
+    All arrays are mapped, none is read before it is asked for."""
+
+    def __init__(self, folder: Path, sources: Sequence[str] = ()) -> None:
+        """Maps the arrays of a folder; `sources` are the names of the files that `files` counts. Raises OSError or
+        ValueError where an array is missing, cut off, or does not fit the others."""
         self.folder = folder
-        self.source = source
-        self.ids: npt.NDArray[np.int32] = np.load(folder / "ids.npy", mmap_mode="r")
-        self.trained: npt.NDArray[np.uint8] = np.load(folder / "trained.npy", mmap_mode="r")
-        self.offsets: npt.NDArray[np.int64] = np.load(folder / "offsets.npy", mmap_mode="r")
-        self.lines: npt.NDArray[np.int32] = np.load(folder / "lines.npy", mmap_mode="r")
+        self.sources = tuple(sources)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        for name, kind in ARRAYS.items():
+            if arrays[name].dtype != np.dtype(kind) or arrays[name].ndim != 1:
+                raise ValueError(f"{name}.npy is not an array of {kind}")
+        self.ids: npt.NDArray[np.int32] = arrays["ids"]
+        self.trained: npt.NDArray[np.uint8] = arrays["trained"]
+        self.offsets: npt.NDArray[np.int64] = arrays["offsets"]
+        self.lines: npt.NDArray[np.int32] = arrays["lines"]
+        self.files: npt.NDArray[np.uint16] = arrays["files"]
+        whole = len(self.offsets) > 0 and int(self.offsets[-1]) == len(self.ids) == len(self.trained)
+        if not whole or not len(self.offsets) - 1 == len(self.lines) == len(self.files):
+            raise ValueError(f"the arrays of {folder.name} are not of one table")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -52,7 +68,7 @@ class TokenTable:
 
     def origin(self, index: int) -> Origin:
         """The file and line of a row."""
-        return Origin(self.source, int(self.lines[index]))
+        return Origin(self.sources[int(self.files[index])], int(self.lines[index]))
 
     @cached_property
     def total_tokens(self) -> int:
@@ -74,10 +90,18 @@ class TokenTable:
         """Share of the rows whose last token is trained: the model sees them end."""
         return float(np.count_nonzero(self.trained[self.offsets[1:] - 1])) / len(self)
 
+    def digest(self) -> str:
+        """SHA-256 (hex) of the tokens and labels, read from the disk."""
+        return _content_digest({name: hashlib.sha256(getattr(self, name)).hexdigest() for name in CONTENT})
+
     def _span(self, index: int) -> slice:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a table of {len(self)} rows")
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+def _content_digest(by_array: dict[str, str]) -> str:
+    return hashlib.sha256(" ".join(by_array[name] for name in CONTENT).encode()).hexdigest()
 
 
 class TableWriter:
@@ -86,6 +110,7 @@ class TableWriter:
     def __init__(self, files: dict[str, IO[bytes]]) -> None:
         self._files = files
         self._counts = dict.fromkeys(ARRAYS, 0)
+        self._hashers = {name: hashlib.sha256() for name in CONTENT}
         for name in ARRAYS:
             self._write_header(name)
         self._write("offsets", np.zeros(1, dtype=np.int64))
@@ -95,20 +120,26 @@ class TableWriter:
         """Rows written so far."""
         return self._counts["lines"]
 
-    def append(self, example: EncodedExample, line: int) -> None:
-        """One encoded row and the line it came from."""
-        labels = np.asarray(example.labels, dtype=np.int64)
-        self.append_arrays(np.asarray(example.input_ids, dtype=np.int32), labels != IGNORED_LABEL, line)
-
-    def append_arrays(self, ids: npt.NDArray[np.int32], trained: npt.NDArray[Any], line: int) -> None:
-        """`ids` and `trained` are (T,)."""
+    def append_rows(
+        self,
+        ids: npt.NDArray[np.int32],
+        trained: npt.NDArray[Any],
+        lengths: npt.NDArray[np.int64],
+        lines: npt.NDArray[np.int32],
+        files: npt.NDArray[Any],
+    ) -> None:
+        """Rows behind one another: `ids` and `trained` are (tokens,), the others (rows,)."""
+        self._write("offsets", self._counts["ids"] + np.cumsum(lengths))
         self._write("ids", ids)
         self._write("trained", trained)
-        self._write("offsets", np.array([self._counts["ids"]]))
-        self._write("lines", np.array([line]))
+        self._write("lines", lines)
+        self._write("files", files)
 
     def _write(self, name: str, values: npt.NDArray[Any]) -> None:
-        self._files[name].write(values.astype(ARRAYS[name]).tobytes())
+        data = np.ascontiguousarray(values, dtype=ARRAYS[name]).data
+        self._files[name].write(data)
+        if name in self._hashers:
+            self._hashers[name].update(data)
         self._counts[name] += len(values)
 
     def _write_header(self, name: str) -> None:
@@ -127,6 +158,10 @@ class TableWriter:
             file.flush()
             os.fsync(file.fileno())
 
+    def digest(self) -> str:
+        """SHA-256 (hex) of the tokens and labels written so far, as `TokenTable.digest` reads them."""
+        return _content_digest({name: hasher.hexdigest() for name, hasher in self._hashers.items()})
+
 
 @contextmanager
 def writing(folder: Path) -> Iterator[TableWriter]:
@@ -144,9 +179,15 @@ def writing(folder: Path) -> Iterator[TableWriter]:
             file.close()
 
 
-def write_selection(table: TokenTable, rows: Sequence[int], folder: Path) -> None:
-    """A new table of some rows of another, in the order given."""
+def write_selection(table: TokenTable, rows: npt.NDArray[np.int64], folder: Path) -> str:
+    """A new table of some rows of another, in the order given; its digest."""
     with writing(folder) as writer:
-        for row in rows:
-            span = table._span(row)
-            writer.append_arrays(table.ids[span], table.trained[span], int(table.lines[row]))
+        for start in range(0, len(rows), COPIED):
+            chosen = rows[start : start + COPIED]
+            begins, lengths = table.offsets[chosen], table.offsets[chosen + 1] - table.offsets[chosen]
+            ends = np.cumsum(lengths)
+            there = np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
+            writer.append_rows(
+                table.ids[there], table.trained[there], lengths, table.lines[chosen], table.files[chosen]
+            )
+    return writer.digest()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy_tokenizers import TAGS, TEXTS, byte_level_tokenizer, metaspace_tokenizer, with_tags
 
 from llmft_core import Conversation, EncodedExample, InputError, LlmftError, Message, RowProblem
-from llmft_core.data.encode import Encoder, TooLong
+from llmft_core.data.encode import Encoder, EncoderRecipe, TooLong
 
 TOKENIZERS = {
     "byte-level": byte_level_tokenizer,
@@ -57,7 +57,7 @@ def whole_text(conversation: Conversation) -> str:
 
 def encode(tokenizer: Any, *conversations: Conversation, train_on: str = "completion", **options: Any) -> list[Any]:
     options = {"context_length": 10_000, "on_long": "error", **options}
-    return list(Encoder(tokenizer, train_on, **options).encode_many(conversations))
+    return list(Encoder(EncoderRecipe.of(tokenizer, train_on, **options)).encode_many(conversations))
 
 
 def trained_text(tokenizer: Any, example: EncodedExample) -> str:
@@ -176,7 +176,7 @@ def test_a_tag_that_is_no_token_and_a_slow_tokenizer(tokenizer: Any) -> None:
     with pytest.raises(LlmftError, match=r"the tokenizer has no token <NEW>: .* special_tokens"):
         encode(tokenizer, Conversation((Message("user", "a", True, opening="<NEW>"),)))
     with pytest.raises(LlmftError, match=r"object is not a fast tokenizer.*--model.tokenizer FOLDER"):
-        Encoder(object(), "all", 10, "drop")
+        EncoderRecipe.of(object(), "all", 10, "drop")
 
 
 # --- labels -------------------------------------------------------------------------------------------------------
@@ -204,13 +204,13 @@ def test_roles(train_on: str, expected: str) -> None:
 
 
 def test_a_role_that_no_row_has(tokenizer: Any) -> None:
-    encoder = Encoder(tokenizer, "user,asistant", 100, "drop")
-    encoder.check_roles()  # nothing read yet
+    encoder = Encoder(EncoderRecipe.of(tokenizer, "user,asistant", 100, "drop"))
+    encoder.recipe.check_roles(set())  # nothing read yet
     list(encoder.encode_many([question_answer("a", "b")]))
     with pytest.raises(
         InputError, match=r"--data.train-on: no row has the role asistant \(did you mean assistant\?\); there are"
     ):
-        encoder.check_roles()
+        encoder.recipe.check_roles(encoder.seen_roles)
 
 
 def test_a_trained_end_without_a_tag_gets_the_end_token(tokenizer: Any) -> None:

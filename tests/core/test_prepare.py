@@ -35,7 +35,7 @@ from llmft_core.data import build
 from llmft_core.data.build import held_out
 from llmft_core.data.encode import Encoder
 from llmft_core.data.prepare import PreparedData, TokenTable, prepare
-from llmft_core.data.tables import write_selection, writing
+from llmft_core.data.tables import TableWriter, write_selection, writing
 from llmft_core.plan import RunPlan
 
 
@@ -106,14 +106,20 @@ example_rows = st.lists(
 )
 
 
+def append(writer: TableWriter, example: EncodedExample, line: int, file: int = 0) -> None:
+    trained = np.array(example.labels) != -100
+    ids = np.array(example.input_ids, dtype=np.int32)
+    writer.append_rows(ids, trained, np.array([len(ids)]), np.array([line], dtype=np.int32), np.array([file]))
+
+
 @given(example_rows)
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[list[tuple[int, bool]]]) -> None:
     folder = tmp_path_factory.mktemp("table") / "t"
     with writing(folder) as writer:
         for number, row in enumerate(rows):
             ids = tuple(token for token, _ in row)
-            writer.append(EncodedExample(ids, tuple(t if trained else -100 for t, trained in row)), 3 * number + 1)
-    table = TokenTable(folder, "file")
+            append(writer, EncodedExample(ids, tuple(t if trained else -100 for t, trained in row)), 3 * number + 1)
+    table = TokenTable(folder, ["file"])
     assert len(table) == len(rows)
     for number, row in enumerate(rows):
         ids, labels = table.row(number)
@@ -132,7 +138,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
 
 def test_a_table_is_read_only_and_knows_its_end(tmp_path: Path) -> None:
     with writing(tmp_path / "t") as writer:
-        writer.append(EncodedExample((1, 2), (-100, 2)), 1)
+        append(writer, EncodedExample((1, 2), (-100, 2)), 1)
         assert writer.rows == 1
     table = TokenTable(tmp_path / "t")
     with pytest.raises(ValueError, match="read-only"):
@@ -145,8 +151,8 @@ def test_a_table_is_read_only_and_knows_its_end(tmp_path: Path) -> None:
 def test_a_selection(tmp_path: Path) -> None:
     with writing(tmp_path / "all") as writer:
         for number in range(5):
-            writer.append(EncodedExample((number,) * (number + 1), (number,) * (number + 1)), number + 1)
-    write_selection(TokenTable(tmp_path / "all"), [3, 1], tmp_path / "some")
+            append(writer, EncodedExample((number,) * (number + 1), (number,) * (number + 1)), number + 1)
+    write_selection(TokenTable(tmp_path / "all"), np.array([3, 1]), tmp_path / "some")
     some = TokenTable(tmp_path / "some")
     assert [some.row(row)[0].tolist() for row in range(2)] == [[3] * 4, [1] * 2]
     assert some.lines.tolist() == [4, 2]
@@ -192,7 +198,7 @@ def test_a_second_start_only_hashes(bench: Bench, monkeypatch: pytest.MonkeyPatc
     def never(*args: Any) -> Any:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(Encoder, "encode_many", never)
+    monkeypatch.setattr(Encoder, "encode_batch", never)
     second = bench.prepare(context_length=14, data={"max-dropped": 1})
     assert second.digest == first.digest
     assert second.report == first.report
@@ -448,23 +454,23 @@ def test_too_many_long_rows(bench: Bench) -> None:
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_held_out_counts_are_exact(rows: int, fraction: float, seed: int) -> None:
     count = round(fraction * rows)
-    lines = list(range(1, rows + 1))
+    lines = np.arange(1, rows + 1)
     if 0 < count < rows:
-        held = held_out(lines, fraction, seed)
-        assert len(held) == count
-        assert held == held_out(lines, fraction, seed)
+        held = held_out(lines, fraction, seed).tolist()
+        assert len(set(held)) == count
+        assert held == held_out(lines, fraction, seed).tolist()
     else:
         with pytest.raises(InputError, match=f"--data.validation-fraction .* of {rows} rows is {count} rows"):
             held_out(lines, fraction, seed)
 
 
 def test_a_row_stays_on_its_side() -> None:
-    lines = list(range(1, 1001))
-    held = {lines[index] for index in held_out(lines, 0.1, 0)}
-    without = [line for line in lines if line % 50]
-    again = {without[index] for index in held_out(without, 0.1, 0)}
+    lines = np.arange(1, 1001)
+    held = set(lines[held_out(lines, 0.1, 0)].tolist())
+    without = lines[lines % 50 != 0]
+    again = set(without[held_out(without, 0.1, 0)].tolist())
     assert len(again - held) <= 2 + len([line for line in held if line % 50 == 0])
-    assert held != {lines[index] for index in held_out(lines, 0.1, 1)}
+    assert held != set(lines[held_out(lines, 0.1, 1)].tolist())
 
 
 def test_validation_rows_are_taken_from_the_training_rows(bench: Bench) -> None:
