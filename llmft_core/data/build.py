@@ -163,7 +163,7 @@ class Build:
             bad_rows.refuse(read, self.plan.data, self.quarantine)
             refuse_loss(split, tally.read, tally.dropped, 0, tally.longest, self.plan)
             raise InputError(
-                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
+                f"no {split} row is left: {tally.bad} of {tally.read} cannot be used ({self.quarantine}), and "
                 f"{tally.dropped} are longer than --context-length {self.plan.context_length}"
             )
 

@@ -67,9 +67,7 @@ def prompt_findings(table: TokenTable) -> list[Finding]:
         origins += [(table.origin(start + int(row)),) for row in whole[: SHOWN - len(origins)]]
     if not count:
         return []
-    return [
-        Finding(f"{counted_rows(count)} trained from the first token to the last, without a prompt", tuple(origins))
-    ]
+    return [Finding(f"{counted_rows(count)} without a prompt: everything in it is trained", tuple(origins))]
 
 
 def token_findings(tokens: Iterable[str], seen: Set[str]) -> list[Finding]:

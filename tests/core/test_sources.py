@@ -234,12 +234,9 @@ def test_what_is_given_is_one_list_of_files(given: Any, files: list[str], uri: b
 
 
 def test_all_files_of_a_folder_whose_names_say_nothing(shards: Path) -> None:
-    (shards / "b" / "notes.txt").unlink()
-    assert files_of(find_sources(plain(train="b", test="a"), None)["train"]) == [
-        "b/.hidden.jsonl",
-        "b/one.jsonl",
-        "b/two.jsonl",
-    ]
+    sources = find_sources(plain(train="b", test="a"), None)
+    assert files_of(sources["train"]) == ["b/one.jsonl", "b/two.jsonl"]
+    assert files_of(sources["test"]) == ["a/test_1.jsonl"]
 
 
 def test_a_mix_weighs_the_sources_as_they_are_given(shards: Path) -> None:
@@ -442,8 +439,9 @@ READ = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_sources import OnHub, SourceOptions, InputError, find_sources, rows_of
+option = "train" if sys.argv[2].startswith("hf://") else "source"
 try:
-    sources = find_sources(OnHub(SourceOptions.model_validate({"source": sys.argv[2]})), None)
+    sources = find_sources(OnHub(SourceOptions.model_validate({option: sys.argv[2]})), None)
     for split, source in sources.items():
         print(split, rows_of(source))
 except InputError as error:
@@ -493,6 +491,47 @@ def test_the_hub_is_the_default_source_and_is_cached(tmp_path: Path) -> None:
         f"InputError --dataset.source: openai/gsm8k/main/train-00000-of-00001.parquet is not in the hub's cache and "
         f"{endpoint} is out of reach; give your own copy with --dataset.source FOLDER"
     )
+
+
+def test_shards_on_the_hub(tmp_path: Path) -> None:
+    base, home = "/datasets/me/mine/resolve/main", tmp_path / "hub"
+    files = {f"{base}/README.md": b"# mine"}
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        files[f"{base}/data/{name}.jsonl"] = json.dumps({"f": name}).encode()
+    train = [
+        f"('hf://datasets/me/mine/data/train-0000{n}-of-00002.jsonl:1', {{'f': 'train-0000{n}-of-00002'}})"
+        for n in (0, 1)
+    ]
+    test = "test [('hf://datasets/me/mine/data/test-00000-of-00001.jsonl:1', {'f': 'test-00000-of-00001'})]"
+    with stub_hub(files) as endpoint:
+        one = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-00001-of-00002.jsonl")
+        assert one == f"train [{train[1]}]"
+        offline = read_in_a_process(endpoint, home, "me/mine", HF_HUB_OFFLINE="1")
+        assert offline == ("InputError --dataset.source: me/mine: train-00000-of-00002 is missing (1 of 2 are there)")
+        assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
+        some = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
+        assert some == f"train [{', '.join(train)}]"
+        none = read_in_a_process(endpoint, home, "hf://datasets/me/mine/train-*.jsonl")
+        assert none == (
+            "InputError --dataset.train: the hub repository me/mine has no .jsonl, .jsonl.gz, .jsonl.zst or .parquet "
+            "file train-*.jsonl"
+        )
+    assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
+    unknown = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
+    assert unknown == (
+        "InputError --dataset.train: hf://datasets/me/mine/data/train-*.jsonl: which files match is not known without "
+        "the hub: name them"
+    )
+
+
+def test_a_repository_without_rows(tmp_path: Path) -> None:
+    files = {"/datasets/me/mine/resolve/main/README.md": b"# mine"}
+    with stub_hub(files) as endpoint:
+        assert read_in_a_process(endpoint, tmp_path, "me/mine") == (
+            "InputError --dataset.source: the hub repository me/mine has no train file (.jsonl, .jsonl.gz, .jsonl.zst "
+            "or .parquet) in its root or in data/: name one with --dataset.train hf://datasets/me/mine/PATH, or give a "
+            "folder with --dataset.source FOLDER"
+        )
 
 
 def test_offline_is_one_line() -> None:
