@@ -176,7 +176,7 @@ def test_nothing_is_left(folder: Path, tokenizer: Any) -> None:
     (folder / "d" / "train.jsonl").write_text("no\n" + good(3))
     with pytest.raises(
         InputError,
-        match=r"^no train row is left: of 4 1 cannot be used \(.*\) and 3 are longer than --context-length 2$",
+        match=r"^no train row is left: 1 of 4 cannot be used \(.*\), and 3 are longer than --context-leng",
     ):
         prepared(folder, tokenizer, 2, on_bad_row="quarantine", max_bad_rows=1, on_long="drop", max_dropped=1)
 
@@ -217,7 +217,10 @@ class Bare(Pairs):
         return Conversation((Message("user", str(row["q"]), False, "<START_Q>", "<END_Q>"), *messages))
 
 
-def test_tokens_that_never_occur_and_rows_without_a_prompt(folder: Path, tokenizer: Any) -> None:
+def test_tokens_that_never_occur_and_rows_without_a_prompt(folder: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<NEVER>"], special_tokens=True)
+
     class NoPrompt(Bare):
         def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
             return (
@@ -225,7 +228,6 @@ def test_tokens_that_never_occur_and_rows_without_a_prompt(folder: Path, tokeniz
             )
 
     (folder / "d" / "train.jsonl").write_text(good(3))
-    tokenizer.add_tokens(["<NEVER>"], special_tokens=True)
 
     def said(**data: Any) -> list[str]:
         plan = RunPlan.model_validate({"data": data})

@@ -247,7 +247,7 @@ def test_a_mix_weighs_the_sources_as_they_are_given(shards: Path) -> None:
     with pytest.raises(InputError) as caught:
         find_sources(plain(train="b/*.jsonl,c.jsonl"), None, (1, 2, 3))
     assert str(caught.value) == (
-        "--data.mix: gives 3 weights for 2 training sources (b/*.jsonl, c.jsonl): one each, in their order"
+        "--data.mix has 3 weights for the training sources b/*.jsonl, c.jsonl: give one for each, in their order"
     )
 
 
