@@ -116,8 +116,8 @@ def _split_source(files: Sequence[FileSource], flag: str, weights: Sequence[floa
 def _check_mix(mix: Sequence[float], given: Sequence[str]) -> None:
     if mix and len(mix) != len(given):
         raise InputError(
-            f"--data.mix has {len(mix)} weights for the training sources {', '.join(given)}: give one for each, in their "
-            "order"
+            f"--data.mix has {len(mix)} weights for the training sources {', '.join(given)}: give one for each, in "
+            "their order"
         )
 
 
