@@ -7,15 +7,15 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.blocks import Block
-from llmft_core.data.checks import bom_finding, prompt_findings, token_findings
+from llmft_core.data.checks import bom_finding, table_findings, token_findings
 from llmft_core.data.encode import EncoderRecipe
 from llmft_core.data.encode_blocks import EncodedBlock, Work
 from llmft_core.data.faults import SHOWN, BadRows, Faults
@@ -73,35 +73,26 @@ class _Tally:
     read: int = 0
     bad: int = 0
     longest: int = 0  # tokens
+    warnings: list[Finding] = field(default_factory=list)
     dropped: int = 0
     dropped_first: list[Origin] = field(default_factory=list)
     cut: array[int] = field(default_factory=lambda: array("q"))  # their places, as `place_numbers` has them
     digest: str = ""  # of the table
-    warnings: list[Finding] = field(default_factory=list)
-
-
-@dataclass
-class _Seen:
-    """What all rows of all splits have between them."""
-
-    faults: Faults
-    hashes: RowHashes = field(default_factory=RowHashes)
-    roles: set[str] = field(default_factory=set)
-    tags: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Build:
-    """Makes one cache folder. `digests` are those of the files of each split."""
+    """Makes one cache folder. `digests` are those of the files of each split, `quarantine` is the file in which all
+    rows will lie that cannot be used."""
 
     dataset: DatasetFormat
     plan: RunPlan
+    tokenizer: Any
     recipe: EncoderRecipe
     sources: Mapping[Split, SplitSource]
     digests: Mapping[Split, Sequence[str]]
     key: str
     quarantine: Path
-    """The file in which all rows will lie that cannot be used."""
 
     def write(self, folder: Path) -> None:
         """All or nothing: the folder appears under its name when it is complete."""
@@ -120,36 +111,35 @@ class Build:
 
     def _tables(self, draft: Path) -> DataReport:
         aside = Quarantine(self.quarantine)
-        seen = _Seen(Faults(aside))
-        work = Work(self.dataset, self.recipe)
+        faults, hashes, roles = Faults(aside), RowHashes(), set[str]()
+        tallies: dict[Split, _Tally] = {}
         try:
-            with (
-                RayEngine(work)
-                if self.plan.data.engine == "ray"
-                else LocalEngine(work, self.plan.data.processes) as engine
-            ):
-                tallies = {split: self._read_split(split, draft / split, engine, seen) for split in self.sources}
-            # Before the rows: with a misspelt role nothing is trained in any of them.
-            self.recipe.check_roles(seen.roles)
+            with self._engine() as engine:
+                for split in self.sources:
+                    tallies[split] = self._read_split(split, draft / split, engine, faults, hashes, roles)
+            self.recipe.check_roles(roles)  # before the rows: with a misspelt role nothing is trained in any of them
             aside.finish()
         finally:
             aside.discard()
-        bad_rows = seen.faults.bad_rows
+        bad_rows = faults.bad_rows
         self._check_some_left(tallies, bad_rows)
-        repeats, shared = seen.hashes.findings()
-        for split, tally in tallies.items():
-            if self.plan.data.train_on != "all":
-                tally.warnings += prompt_findings(TokenTable(draft / split, self._names(split)))
-            tally.warnings += repeats.get(split, ())
+        repeats, shared = hashes.findings()
+        tokens = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.dataset.special_tokens}
         splits: dict[Split, SplitReport] = {}
         digests: dict[Split, str] = {}
         for split, tally in tallies.items():
-            splits[split] = self._report(split, TokenTable(draft / split), tally)
+            table = TokenTable(draft / split, [file.name for file in self.sources[split].files])
+            tally.warnings += [*table_findings(table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
+            splits[split] = self._report(split, table, tally)
             digests[split] = tally.digest
         if self.plan.data.validation_fraction > 0:
             self._hold_out(draft, tallies["train"], splits, digests)
-        warnings = (*token_findings(self.recipe.tags, seen.tags), *shared)
+        warnings = (*token_findings(self.tokenizer, tokens), *shared)
         return DataReport(self.key, content_digest(digests), splits, bad_rows, warnings)
+
+    def _engine(self) -> LocalEngine | RayEngine:
+        work = Work(self.dataset, self.recipe)
+        return RayEngine(work) if self.plan.data.engine == "ray" else LocalEngine(work, self.plan.data.processes)
 
     def _check_some_left(self, tallies: Mapping[Split, _Tally], bad_rows: BadRows) -> None:
         """Raises InputError where a split has no rows, or none that can be trained on."""
@@ -163,14 +153,19 @@ class Build:
             bad_rows.refuse(read, self.plan.data, self.quarantine)
             refuse_loss(split, tally.read, tally.dropped, 0, tally.longest, self.plan)
             raise InputError(
-                f"no {split} row is left: {tally.bad} of {tally.read} cannot be used ({self.quarantine}), and "
+                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
                 f"{tally.dropped} are longer than --context-length {self.plan.context_length}"
             )
 
-    def _names(self, split: Split) -> tuple[str, ...]:
-        return tuple(file.name for file in self.sources[split].files)
-
-    def _read_split(self, split: Split, folder: Path, engine: LocalEngine | RayEngine, seen: _Seen) -> _Tally:
+    def _read_split(
+        self,
+        split: Split,
+        folder: Path,
+        engine: LocalEngine | RayEngine,
+        faults: Faults,
+        hashes: RowHashes,
+        roles: set[str],
+    ) -> _Tally:
         source, digests = self.sources[split], self.digests[split]
         if len(source.files) > MOST_FILES:
             raise InputError(f"{source.flag}: {source.name}: a split has at most {MOST_FILES} files; join some of them")
@@ -179,20 +174,13 @@ class Build:
         def name_of(file: int) -> str:
             return source.files[file].name
 
-        def blocks() -> Iterator[Block]:
-            for block in source.blocks(joined_digest(digests), digests):
-                if block.bom:
-                    tally.warnings.append(bom_finding(name_of(block.file)))
-                yield block
-
         with writing(folder) as table:
-            for block in engine.encode(blocks(), name_of):
+            for block in engine.encode(source.blocks(joined_digest(digests), digests), name_of):
                 name = name_of(block.file)
                 for line, problem, raw in block.problems:
-                    seen.faults.add(Origin(name, line), problem, raw)
-                seen.hashes.add(split, name, block.lines, block.hashes)
-                seen.roles |= block.roles
-                seen.tags |= block.tags
+                    faults.add(Origin(name, line), problem, raw)
+                hashes.add(split, name, block.parsed_lines, block.hashes)
+                roles |= block.roles
                 self._count(tally, block, name)
                 files = np.full(len(block.lines), block.file)
                 table.append_rows(block.ids, block.trained, block.lengths, block.lines, files)
@@ -200,6 +188,8 @@ class Build:
         return tally
 
     def _count(self, tally: _Tally, block: EncodedBlock, file_name: str) -> None:
+        if block.bom:
+            tally.warnings.append(bom_finding(file_name))
         tally.read += block.read
         tally.bad += len(block.problems)
         tally.longest = max(tally.longest, block.longest)
@@ -214,7 +204,7 @@ class Build:
         return SplitReport(
             source=source.name,
             source_digest=joined_digest(self.digests[split]),
-            files=self._names(split),
+            files=tuple(file.name for file in source.files),
             weights=source.weights,
             rows_read=tally.read,
             rows=len(table),
@@ -249,11 +239,13 @@ class Build:
         is_held = np.isin(cut, places[held])
         test_cut, train_cut = array("q", cut[is_held].tolist()), array("q", cut[~is_held].tolist())
         splits["train"] = self._report("train", train, replace(tally, read=tally.read - len(test), cut=train_cut))
-        held_tally = replace(tally, read=len(test), bad=0, dropped=0, dropped_first=[], cut=test_cut, warnings=[])
         splits["test"] = replace(
-            self._report("train", test, held_tally),
-            weights=(1.0,) * len(self.sources["train"].files),
+            self._report(
+                "train", test, replace(tally, read=len(test), bad=0, dropped=0, dropped_first=[], cut=test_cut)
+            ),
+            weights=tuple(1.0 for _ in self.sources["train"].files),
             longest_read=test.longest,
+            warnings=(),
         )
 
 

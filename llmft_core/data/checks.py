@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmft_core.data.blocks import Block
 from llmft_core.data.faults import SHOWN, counted_rows
+from llmft_core.data.repeats import row_hash
 from llmft_core.data.report import Finding
 from llmft_core.errors import LlmftError, close_match
 from llmft_core.extensions import DatasetFormat
@@ -17,26 +19,25 @@ if TYPE_CHECKING:
     from llmft_core.data.tables import TokenTable
 
 ROWS = 1 << 16  # rows of a table that are looked at together
+TOKENS = 1 << 22
 
 
-class FormatFailed(LlmftError):
-    """A dataset format raised an error for a row, instead of saying what is wrong with it."""
-
-
-def parse_row(dataset: DatasetFormat, row: dict[str, Any]) -> Conversation | RowProblem:
+def parse_row(dataset: DatasetFormat, row: dict[str, Any], origin: Origin) -> Conversation | RowProblem:
     """A row as a conversation, or what is wrong with it: a key that the format does not know, what the format says, a
-    trained text that is empty. Raises FormatFailed, whose message lacks the row's origin."""
+    trained text that is empty. Raises LlmftError where the format itself fails."""
     unknown = next((key for key in row if key not in dataset.keys), None) if dataset.keys else None
     if unknown is not None:
-        known = ", ".join(dataset.keys)
-        return RowProblem(unknown, f"is no key of {dataset.name}: it knows {known}{close_match(unknown, dataset.keys)}")
+        there_are = ", ".join(dataset.keys)
+        return RowProblem(
+            unknown, f"is no key of {dataset.name}: it knows {there_are}{close_match(unknown, dataset.keys)}"
+        )
     try:
         parsed = dataset.parse(row)
     except LlmftError:
         raise
     except Exception as error:
-        raise FormatFailed(
-            f"dataset format {dataset.name} failed on this row ({type(error).__name__}: {error}): "
+        raise LlmftError(
+            f"{origin}: dataset format {dataset.name} failed on this row ({type(error).__name__}: {error}): "
             "a format returns a RowProblem for a row it cannot use; tell its author"
         ) from error
     if isinstance(parsed, Conversation):
@@ -48,14 +49,40 @@ def parse_row(dataset: DatasetFormat, row: dict[str, Any]) -> Conversation | Row
     return parsed
 
 
+def parsed_rows(
+    dataset: DatasetFormat, block: Block, file: str
+) -> Iterator[tuple[int, Conversation | RowProblem, int]]:
+    """(line, conversation, hash of the row) of every row of a block; what is wrong with it instead of a conversation.
+    `file` is the name of the block's file. Raises LlmftError where the format itself fails."""
+    for line, row in block.rows():
+        if isinstance(row, RowProblem):
+            yield line, row, 0
+        else:
+            yield line, parse_row(dataset, row, Origin(file, line)), row_hash(row)
+
+
 def bom_finding(file: str) -> Finding:
     """A file that begins with a byte order mark."""
     text = "a byte order mark (BOM) at the beginning is skipped; save the file as UTF-8 without one"
     return Finding(text, ((Origin(file, 1),),))
 
 
-def prompt_findings(table: TokenTable) -> list[Finding]:
-    """Rows of which everything is trained. Position 0 does not count: nothing predicts it."""
+def table_findings(table: TokenTable, tokens: Mapping[str, int], train_on: str) -> tuple[Finding, ...]:
+    """What looks wrong in the rows of a split: rows of which everything is trained, unless `--data.train-on all` wants
+    that; tokens of the format (text → id) that never occur."""
+    found = [] if train_on == "all" else _wholly_trained(table)
+    missing = dict(tokens)
+    for start in range(0, len(table.ids), TOKENS):
+        ids = table.ids[start : start + TOKENS]
+        missing = {token: id_ for token, id_ in missing.items() if not (ids == id_).any()}
+        if not missing:
+            break
+    found += [Finding(f"the token {token} never occurs") for token in missing]
+    return tuple(found)
+
+
+def _wholly_trained(table: TokenTable) -> list[Finding]:
+    """Position 0 does not count: nothing predicts it."""
     count = 0
     origins: list[tuple[Origin, ...]] = []
     for start in range(0, len(table), ROWS):
@@ -67,19 +94,18 @@ def prompt_findings(table: TokenTable) -> list[Finding]:
         origins += [(table.origin(start + int(row)),) for row in whole[: SHOWN - len(origins)]]
     if not count:
         return []
-    return [Finding(f"{counted_rows(count)} without a prompt: everything in it is trained", tuple(origins))]
+    return [
+        Finding(f"{counted_rows(count)} trained from the first token to the last, without a prompt", tuple(origins))
+    ]
 
 
-def token_findings(tokens: Iterable[str], seen: Set[str]) -> list[Finding]:
-    """Tokens of the format that no row has."""
-    return [Finding(f"the token {token} never occurs") for token in tokens if token not in seen]
-
-
-def id_findings(tokenizer: Any, tokens: Iterable[str]) -> list[Finding]:
-    """Tokens of the format that the tokenizer reads as something else than their one id: a server would too."""
+def token_findings(tokenizer: Any, tokens: Mapping[str, int]) -> tuple[Finding, ...]:
+    """Tokens of the format that this tokenizer does not read as their one id."""
     found = []
-    for token in tokens:
-        ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
-        if ids != [tokenizer.convert_tokens_to_ids(token)]:
-            found.append(Finding(f"the token {token} is no single id of this tokenizer but {len(ids)}: {ids}"))
-    return found
+    for token, id_ in tokens.items():
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if list(ids) != [id_]:
+            found.append(
+                Finding(f"the token {token} is {len(ids)} ids of this tokenizer, not one: servers will not stop at it")
+            )
+    return tuple(found)

@@ -170,7 +170,6 @@ class Encoder:
         self.recipe = recipe
         self._roles = recipe.roles
         self.seen_roles: set[str] = set()
-        self.seen_tags: set[str] = set()
         # Random, so that no text holds it; it never reaches a result.
         self._anchor = f"\ue000{secrets.token_hex(16)}\ue001"
         plain = json.loads(recipe.tokenizer)
@@ -317,7 +316,6 @@ class Encoder:
         return EncodedBatch(ids[wanted], trained[wanted], lengths[is_kept], np.flatnonzero(is_kept), problems, too_long)
 
     def _id(self, tag: str) -> int:
-        self.seen_tags.add(tag)
         if tag not in self._ids:
             known = self._plain.token_to_id(tag)
             if known is None:

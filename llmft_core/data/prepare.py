@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft_core.data.build import Build, content_digest, refuse_loss
-from llmft_core.data.checks import id_findings
 from llmft_core.data.digests import Digests
 from llmft_core.data.encode import ENCODER_VERSION, EncoderRecipe
 from llmft_core.data.report import DataReport, SplitReport
@@ -111,12 +110,9 @@ def prepare(
         with FileLock(folder.with_name(f"{key}.lock")):
             new = not folder.exists()
             if new:
-                Build(dataset, plan, recipe, sources, digests, key, quarantine_file(cache, key)).write(folder)
-            data = _renamed(PreparedData.open(folder), sources)
-            warnings = (*data.report.warnings, *id_findings(tokenizer, dataset.special_tokens))
-            data = replace(data, report=replace(data.report, warnings=warnings))
-            if plan.data.rehash:
-                data.verify()
+                aside = quarantine_file(cache, key)
+                Build(dataset, plan, tokenizer, recipe, sources, digests, key, aside).write(folder)
+            data = _named(PreparedData.open(folder), sources)
             try:
                 refuse(data, plan)
             except InputError:
@@ -125,7 +121,32 @@ def prepare(
                 raise
     except OSError as error:  # the sources' own errors are InputErrors already
         raise _unwritable(folder.parent, error) from error
+    if plan.data.rehash and not new:
+        data.verify()
     return data
+
+
+def _unwritable(folder: Path, error: OSError) -> LlmftError:
+    return LlmftError(
+        f"cannot write the token cache {folder}: {error.strerror or error}; set LLMFT_CACHE to a folder that is yours "
+        "and has room"
+    )
+
+
+def _named(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
+    """With the names that the sources have now: the same bytes may have been read from elsewhere the first time."""
+    names: dict[str, str] = {}
+    splits: dict[Split, SplitReport] = {}
+    for split, one in data.report.splits.items():
+        source = sources.get(split, sources["train"])
+        files = [file.name for file in source.files]
+        names |= zip(one.files, files, strict=True)
+        weights = source.weights if split in sources else one.weights
+        splits[split] = one.renamed(source.name, files, weights)
+    data.train.sources = splits["train"].files
+    if data.test is not None:
+        data.test.sources = splits["test"].files
+    return replace(data, report=replace(data.report, splits=splits).renamed(names))
 
 
 def refuse(data: PreparedData, plan: RunPlan) -> None:
@@ -157,13 +178,6 @@ def refuse(data: PreparedData, plan: RunPlan) -> None:
 def quarantine_file(cache: Path, key: str) -> Path:
     """Where the rows lie that cannot be used, of the data with this key."""
     return cache / "quarantine" / f"{key[:16]}.jsonl"
-
-
-def _unwritable(folder: Path, error: OSError) -> LlmftError:
-    return LlmftError(
-        f"cannot write the token cache {folder}: {error.strerror or error}; set LLMFT_CACHE to a folder that is yours "
-        "and has room"
-    )
 
 
 def cache_key(
@@ -201,19 +215,3 @@ def _code_digest(format_type: type[DatasetFormat]) -> str:
         if file and not module_name.startswith("llmft_core."):
             hasher.update(Path(file).read_bytes())
     return hasher.hexdigest()
-
-
-def _renamed(data: PreparedData, sources: Mapping[Split, SplitSource]) -> PreparedData:
-    """The same with today's names of the files: the same bytes may have been read from elsewhere the first time."""
-    names: dict[str, str] = {}
-    splits: dict[Split, SplitReport] = {}
-    for split, one in data.report.splits.items():
-        source = sources.get(split, sources["train"])
-        files = [file.name for file in source.files]
-        names |= zip(one.files, files, strict=True)
-        weights = source.weights if split in sources else one.weights
-        splits[split] = one.renamed(source.name, files, weights)
-    data.train.sources = splits["train"].files
-    if data.test is not None:
-        data.test.sources = splits["test"].files
-    return replace(data, report=replace(data.report, splits=splits).renamed(names))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmft_core.data.blocks import Block
-from llmft_core.data.encode_blocks import BlockEncoder, EncodedBlock, Failure, Work, checked
+from llmft_core.data.encode_blocks import BlockEncoder, EncodedBlock, Failure, Work, checked, span
 from llmft_core.data.workers import SINGLE_THREADED, FileName
 from llmft_core.errors import InputError, LlmftError
 
@@ -45,19 +45,20 @@ class RayEngine:
     def encode(self, blocks: Iterator[Block], file_name: FileName) -> Iterator[EncodedBlock]:
         """As `LocalEngine.encode`. At most two blocks a core of the cluster are on their way, in the driver and in the
         object stores together. A block whose node is lost is encoded by another one."""
-        tasks: deque[tuple[Block, Any]] = deque()
+        tasks: deque[tuple[Block, str, Any]] = deque()
         try:
             for block in blocks:
-                tasks.append((block, self._task.remote(self._work, block)))
+                file = file_name(block.file)
+                tasks.append((block, file, self._task.remote(self._work, block, file)))
                 if len(tasks) == self._at_once:
-                    yield _answer(*tasks.popleft(), file_name)
+                    yield _answer(*tasks.popleft())
             while tasks:
-                yield _answer(*tasks.popleft(), file_name)
+                yield _answer(*tasks.popleft())
         finally:
-            _cancel([ref for _, ref in tasks])
+            _cancel([ref for _, _, ref in tasks])
 
 
-def _answer(block: Block, ref: Any, file_name: FileName) -> EncodedBlock:
+def _answer(block: Block, file: str, ref: Any) -> EncodedBlock:
     import ray
 
     try:
@@ -65,12 +66,11 @@ def _answer(block: Block, ref: Any, file_name: FileName) -> EncodedBlock:
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[-1] if lines else type(error).__name__
-        where = f"{file_name(block.file)}:{block.first}-{block.first + block.count - 1}"
         raise LlmftError(
-            f"{where}: the Ray task that encoded these rows failed ({why}): are the same llmft and plugins installed "
-            "on every node? --data.engine local encodes on this machine"
+            f"{span(block, file)}: the Ray task that encoded these rows failed ({why}): are the same llmft and "
+            "plugins installed on every node? --data.engine local encodes on this machine"
         ) from error
-    return checked(answer, block, file_name)
+    return checked(answer)
 
 
 def _cancel(refs: list[Any]) -> None:
@@ -84,10 +84,10 @@ _made: dict[str, BlockEncoder] = {}
 """The encoder of this worker process by its work: Ray keeps a process for further tasks of the same kind."""
 
 
-def encode_on_node(work: tuple[str, bytes], block: Block) -> EncodedBlock | Failure:
+def encode_on_node(work: tuple[str, bytes], block: Block, file: str) -> EncodedBlock | Failure:
     """Runs on a node."""
     key, pickled = work
     if key not in _made:
         _made.clear()
         _made[key] = BlockEncoder(pickle.loads(pickled))
-    return _made[key].answer(block)
+    return _made[key].answer(block, file)

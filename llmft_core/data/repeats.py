@@ -32,7 +32,7 @@ class RowHashes:
     _chunks: dict[Split, list[tuple[str, Hashes, npt.NDArray[np.int32]]]] = field(default_factory=dict)
 
     def add(self, split: Split, file: str, lines: npt.ArrayLike, hashes: npt.ArrayLike) -> None:
-        """Rows of one file, in order: their lines and hashes."""
+        """Rows of one file, in order: their lines (rows,) and hashes (rows,)."""
         chunk = (file, np.array(hashes, dtype=np.uint64), np.array(lines, dtype=np.int32))
         self._chunks.setdefault(split, []).append(chunk)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmft_core.data.checks import FormatFailed, bom_finding, parse_row, token_findings
+from llmft_core.data.checks import bom_finding, parsed_rows
 from llmft_core.data.faults import BadRows, Faults
 from llmft_core.data.quarantine import Quarantine
-from llmft_core.data.repeats import RowHashes, row_hash
+from llmft_core.data.repeats import RowHashes
 from llmft_core.data.report import Finding
 from llmft_core.data.sources import SplitSource
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError
 from llmft_core.extensions import DatasetFormat, Split
 from llmft_core.values import Origin, RowProblem
 
@@ -29,55 +28,37 @@ class Scan:
 
 def scan(dataset: DatasetFormat, sources: Mapping[Split, SplitSource], quarantine: Path) -> Scan:
     """Reads every row of every split, and writes those that cannot be used to `quarantine`. Raises InputError where a
-    source cannot be read or has no rows, LlmftError where the format fails."""
+    source cannot be read or has no rows."""
     aside = Quarantine(quarantine)
-    scanner = _Scanner(dataset, Faults(aside))
+    faults, hashes = Faults(aside), RowHashes()
+    findings: list[Finding] = []
+    splits: dict[Split, tuple[int, int]] = {}
+    occurring: set[str] = set()
     try:
-        splits = {split: scanner.read(split, source) for split, source in sources.items()}
+        for split, source in sources.items():
+            read = bad = 0
+            for block in source.blocks():
+                name = source.files[block.file].name
+                if block.bom:
+                    findings.append(bom_finding(name))
+                lines, found = [], []
+                for line, parsed, hash_ in parsed_rows(dataset, block, name):
+                    read += 1
+                    if isinstance(parsed, RowProblem):
+                        bad += 1
+                        faults.add(Origin(name, line), parsed, block.raw(line))
+                        continue
+                    lines.append(line)
+                    found.append(hash_)
+                    occurring.update(tag for one in parsed.messages for tag in (one.opening, one.closing))
+                hashes.add(split, name, lines, found)
+            if not read:
+                raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
+            splits[split] = (read, bad)
         aside.finish()
     finally:
         aside.discard()
-    repeats, shared = scanner.hashes.findings()
-    of_splits = [finding for split in splits for finding in repeats.get(split, ())]
-    never = token_findings(dataset.special_tokens, scanner.tags)
-    return Scan(splits, scanner.faults.bad_rows, (*scanner.findings, *of_splits, *never, *shared))
-
-
-@dataclass
-class _Scanner:
-    dataset: DatasetFormat
-    faults: Faults
-    hashes: RowHashes = field(default_factory=RowHashes)
-    findings: list[Finding] = field(default_factory=list)
-    tags: set[str] = field(default_factory=set)
-
-    def read(self, split: Split, source: SplitSource) -> tuple[int, int]:
-        """Rows read, rows that cannot be used."""
-        read = bad = 0
-        for block in source.blocks():
-            name = source.files[block.file].name
-            if block.bom:
-                self.findings.append(bom_finding(name))
-            hashes = {}
-            for line, row in block.rows():
-                read += 1
-                problem = row if isinstance(row, RowProblem) else self._problem(row, Origin(name, line))
-                if problem is not None:
-                    bad += 1
-                    self.faults.add(Origin(name, line), problem, block.raw(line))
-                elif not isinstance(row, RowProblem):
-                    hashes[line] = row_hash(row)
-            self.hashes.add(split, name, list(hashes), list(hashes.values()))
-        if not read:
-            raise InputError(f"{source.flag}: {source.name} has no rows; a {split} split needs at least one")
-        return read, bad
-
-    def _problem(self, row: dict[str, Any], origin: Origin) -> RowProblem | None:
-        try:
-            parsed = parse_row(self.dataset, row)
-        except FormatFailed as error:
-            raise LlmftError(f"{origin}: {error}") from error
-        if isinstance(parsed, RowProblem):
-            return parsed
-        self.tags.update(tag for message in parsed.messages for tag in (message.opening, message.closing))
-        return None
+    repeats, shared = hashes.findings()
+    findings += [finding for split in splits for finding in repeats.get(split, ())]
+    findings += [Finding(f"the token {tag} never occurs") for tag in dataset.special_tokens if tag not in occurring]
+    return Scan(splits, faults.bad_rows, (*findings, *shared))

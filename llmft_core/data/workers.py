@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from llmft_core.data.blocks import Block
-from llmft_core.data.encode_blocks import BlockEncoder, EncodedBlock, Failure, Work, checked
+from llmft_core.data.encode_blocks import BlockEncoder, EncodedBlock, Failure, Work, checked, span
 from llmft_core.errors import LlmftError
 
 SMALL = 8
@@ -70,7 +70,7 @@ class LocalEngine:
         if self._here is None:
             self._here = BlockEncoder(self._work)
         for block in blocks:
-            yield checked(self._here.answer(block), block, file_name)
+            yield checked(self._here.answer(block, file_name(block.file)))
 
 
 @dataclass
@@ -78,6 +78,7 @@ class _Task:
     """A block on its way."""
 
     block: Block
+    file: str  # its name
     answer: EncodedBlock | Failure | None = None
 
 
@@ -104,9 +105,9 @@ class _Worker:
     def begin(self, task: _Task) -> None:
         self.task = task
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: that is said where its answer is read
-            self.connection.send(task.block)
+            self.connection.send((task.block, task.file))
 
-    def receive(self, file_name: FileName) -> None:
+    def receive(self) -> None:
         """Read the answer to the block, or that the process is ready. Raises LlmftError where it cannot work, or has
         ended instead."""
         try:
@@ -115,7 +116,7 @@ class _Worker:
             code = self._process.wait()
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             raise LlmftError(
-                f"{self._whereabouts(file_name)} ended ({reason}): if memory ran out, take fewer with "
+                f"{self._whereabouts()} ended ({reason}): if memory ran out, take fewer with "
                 "--data.processes N; 0 encodes in this process"
             ) from error
         if self.task is not None:
@@ -123,12 +124,10 @@ class _Worker:
         elif isinstance(answer, Failure):
             raise answer.kind(answer.message)
 
-    def _whereabouts(self, file_name: FileName) -> str:
+    def _whereabouts(self) -> str:
         if self.task is None:
             return "a process that was to encode rows"
-        block = self.task.block
-        rows = f"{file_name(block.file)}:{block.first}-{block.first + block.count - 1}"
-        return f"{rows}: the process that encoded these rows"
+        return f"{span(self.task.block, self.task.file)}: the process that encoded these rows"
 
     def end(self) -> None:
         self.connection.close()
@@ -162,12 +161,12 @@ class _Pool:
         more = True
         while more or read or tasks:
             while self._idle and read and len(tasks) < 2 * self._processes:
-                tasks.append(_Task(read.popleft()))
+                block = read.popleft()
+                tasks.append(_Task(block, file_name(block.file)))
                 self._idle.pop().begin(tasks[-1])
             if tasks and tasks[0].answer is not None:
-                task = tasks.popleft()
-                if task.answer is not None:
-                    yield checked(task.answer, task.block, file_name)
+                yield checked(tasks[0].answer)
+                tasks.popleft()
                 continue
             if len(read) > 0 and not self._idle and len(self._workers) < self._processes:
                 self._workers.append(_Worker(self._work))
@@ -176,13 +175,13 @@ class _Pool:
             ready = wait([worker.connection for worker in busy], timeout=0 if can_read else None)
             for worker in busy:
                 if worker.connection in ready:
-                    worker.receive(file_name)
+                    worker.receive()
                     self._idle.append(worker)
             if not ready and can_read:
-                block = next(blocks, None)
-                more = block is not None
-                if block is not None:
-                    read.append(block)
+                found = next(blocks, None)
+                more = found is not None
+                if found is not None:
+                    read.append(found)
 
     def end(self) -> None:
         for worker in self._workers:
@@ -198,7 +197,7 @@ def work(connection_fd: int, work_fd: int) -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(encoder if isinstance(encoder, Failure) else None)
         while not isinstance(encoder, Failure):
-            connection.send(encoder.answer(connection.recv()))
+            connection.send(encoder.answer(*connection.recv()))
 
 
 def _encoder(pickled: bytes) -> BlockEncoder | Failure:
@@ -208,7 +207,6 @@ def _encoder(pickled: bytes) -> BlockEncoder | Failure:
         return BlockEncoder(pickle.load(stream))
     except Exception as error:  # noqa: BLE001  raised by the driver
         return Failure(
-            None,
             f"the dataset format cannot be made again in a worker process ({type(error).__name__}: {error}): it must "
             "be in a module that can be imported; --data.processes 0 encodes in this process",
         )
