@@ -234,6 +234,6 @@ def test_tokens_that_never_occur_and_rows_without_a_prompt(folder: Path) -> None
         dataset = NoPrompt(SourceOptions.model_validate({"source": "d"}))
         return warnings(prepare(dataset, plan, tokenizer, "print", None, folder / "cache"))
 
-    never = "the token <NEVER> never occurs"
+    never = "the token <NEVER> never occurs in train"
     assert said() == ["1 row without a prompt: everything in it is trained: d/train.jsonl:2", never]
     assert said(**{"train-on": "all"}) == [never]
