@@ -70,7 +70,8 @@ def rows_text(split: SplitReport, context_length: int) -> str:
 def data_warnings(data: PreparedData) -> list[str]:
     """What looks wrong in the rows, and where those lie that cannot be used."""
     bad = data.report.bad_rows.total
-    aside = [f"{words.counted(bad, 'row')} cannot be used and set aside: {data.quarantine}"] if bad else []
+    are = "is" if bad == 1 else "are"
+    aside = [f"{words.counted(bad, 'row')} cannot be used and {are} set aside: {data.quarantine}"] if bad else []
     return [*aside, *map(str, data.report.findings())]
 
 

@@ -70,6 +70,9 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     places = Places(catalog, plan.storage, plan.backends)
     problems += storage_problems(plan, places)
     problems += sharing_problems(plan, cluster, catalog)
+    if plan.data.engine == "ray" and cluster.address in ("", "local"):
+        why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"
+        problems.append(Problem("data.engine", why))
 
     def model_problems(model: ModelFolder) -> list[Problem]:
         found = context_problems(plan, model.config)
@@ -232,15 +235,7 @@ def library_versions() -> Mapping[str, str]:
     return found
 
 
-def shipped(job: Job) -> dict[str, dict[str, bytes]]:
-    """The prepared data and tokenizer as bytes, for nodes that do not have them in their cache."""
-    return {
-        name: {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-        for name, folder in (("data", job.data), ("tokenizer", job.tokenizer))
-    }
-
-
 def keys_of(job: Job) -> dict[str, str]:
-    """The shipped folders' places below a node's cache."""
+    """The places of the prepared data and the tokenizer below a node's cache."""
     cache = cache_folder()
     return {name: str(Path(getattr(job, name)).relative_to(cache)) for name in ("data", "tokenizer")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from llmft_core.head import head, warnings
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import cluster_problems
-from llmft_core.prepare import Ready, keys_of, make_ready, shipped
+from llmft_core.prepare import Ready, keys_of, make_ready
 from llmft_core.report import words
 from llmft_core.report.keeper import Keeper
 from llmft_core.report.live import LiveView
@@ -32,6 +31,7 @@ from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, sta
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
 from llmft_core.train.mailbox import Mailbox, MailReader
+from llmft_core.train.ship import ship
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
@@ -75,9 +75,11 @@ def stage(ready: Ready, cluster: Cluster, view: LiveView) -> tuple[Job, dict[str
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     moved: dict[str, tuple[int, int]] = {}  # node → bytes done, bytes in all
 
-    # A Ray of our own is this machine: what its one node needs lies in its cache already.
-    files = [] if cluster.address == "local" else [ray.put(shipped(ready.job))]
-    args = (ready.plan.to_json(), keys_of(ready.job), files, mailbox)
+    keys = keys_of(ready.job)
+    if cluster.address != "local":  # a Ray of our own is this machine: what its one node needs is in its cache already
+        view.phase("sending the prepared data to the nodes")
+        ship(cluster, list(keys.values()))
+    args = (ready.plan.to_json(), keys, mailbox)
     with transfer_bar(f"weights to {words.counted(len(cluster.working), 'node')}", view.console) as bar:
 
         def show(event: dict[str, Any]) -> None:
@@ -108,31 +110,14 @@ def stage_shared(cluster: Cluster, args: tuple[Any, ...], function: Callable[...
 
 
 def stage_on_node(
-    plan_json: Mapping[str, Any], keys: Mapping[str, str], files: list[Any], mailbox: Any, sharer: Sharer | None = None
+    plan_json: Mapping[str, Any], keys: Mapping[str, str], mailbox: Any, sharer: Sharer | None = None
 ) -> dict[str, str]:
-    """Runs on a node: fetch the weights into its cache, and the prepared data unless it is there."""
+    """Runs on a node: fetch the weights into its cache. Its folders: of the model, and of what was sent (`keys`)."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
     places = Places(catalog, plan.storage, plan.backends)
     model = stage_model(plan, catalog, places, weights=True, progress=telling(mailbox), sharer=sharer)
-    folders = {"model": str(model.path)}
-    for name, key in keys.items():
-        folder = cache_folder() / key
-        folders[name] = str(folder)
-        if folder.is_dir():
-            continue
-        import ray
-
-        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-        for relative, content in ray.get(files[0])[name].items():
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            (partial / relative).write_bytes(content)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has just put the same content there
-                raise
-    return folders
+    return {"model": str(model.path), **{name: str(cache_folder() / key) for name, key in keys.items()}}
 
 
 def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView) -> Outcome:

@@ -129,7 +129,7 @@ class Build:
         digests: dict[Split, str] = {}
         for split, tally in tallies.items():
             table = TokenTable(draft / split, [file.name for file in self.sources[split].files])
-            tally.warnings += [*table_findings(table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
+            tally.warnings += [*table_findings(split, table, tokens, self.plan.data.train_on), *repeats.get(split, ())]
             splits[split] = self._report(split, table, tally)
             digests[split] = tally.digest
         if self.plan.data.validation_fraction > 0:
@@ -153,7 +153,7 @@ class Build:
             bad_rows.refuse(read, self.plan.data, self.quarantine)
             refuse_loss(split, tally.read, tally.dropped, 0, tally.longest, self.plan)
             raise InputError(
-                f"no {split} row is left: of {tally.read} {tally.bad} cannot be used ({self.quarantine}) and "
+                f"no {split} row is left: {tally.bad} of {tally.read} cannot be used ({self.quarantine}), and "
                 f"{tally.dropped} are longer than --context-length {self.plan.context_length}"
             )
 

@@ -12,7 +12,7 @@ from llmft_core.data.faults import SHOWN, counted_rows
 from llmft_core.data.repeats import row_hash
 from llmft_core.data.report import Finding
 from llmft_core.errors import LlmftError, close_match
-from llmft_core.extensions import DatasetFormat
+from llmft_core.extensions import DatasetFormat, Split
 from llmft_core.values import Conversation, Message, Origin, RowProblem
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def bom_finding(file: str) -> Finding:
     return Finding(text, ((Origin(file, 1),),))
 
 
-def table_findings(table: TokenTable, tokens: Mapping[str, int], train_on: str) -> tuple[Finding, ...]:
+def table_findings(split: Split, table: TokenTable, tokens: Mapping[str, int], train_on: str) -> tuple[Finding, ...]:
     """What looks wrong in the rows of a split: rows of which everything is trained, unless `--data.train-on all` wants
     that; tokens of the format (text → id) that never occur."""
     found = [] if train_on == "all" else _wholly_trained(table)
@@ -85,7 +85,7 @@ def table_findings(table: TokenTable, tokens: Mapping[str, int], train_on: str) 
         missing = {token: id_ for token, id_ in missing.items() if not (ids == id_).any()}
         if not missing:
             break
-    found += [Finding(f"the token {token} never occurs") for token in missing]
+    found += [Finding(f"the token {token} never occurs in {split}") for token in missing]
     return tuple(found)
 
 
@@ -102,9 +102,7 @@ def _wholly_trained(table: TokenTable) -> list[Finding]:
         origins += [(table.origin(start + int(row)),) for row in whole[: SHOWN - len(origins)]]
     if not count:
         return []
-    return [
-        Finding(f"{counted_rows(count)} trained from the first token to the last, without a prompt", tuple(origins))
-    ]
+    return [Finding(f"{counted_rows(count)} without a prompt: everything in it is trained", tuple(origins))]
 
 
 def token_findings(tokenizer: Any, tokens: Mapping[str, int]) -> tuple[Finding, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from llmft_core.data.blocks import LONGEST_LINE, Block, TooLongLine, cut_lines, cut_made, cut_table
+from llmft_core.data.blocks import BLOCK, LONGEST_LINE, Block, TooLongLine, cut_lines, cut_made, cut_table
 from llmft_core.data.hub import fetch_from_hub
 from llmft_core.data.rows import row_digest
 from llmft_core.errors import InputError, LlmftError
@@ -55,7 +55,7 @@ class FileSource:
         if kind and isinstance(error, EOFError):
             return InputError(f"{self.flag}: {self.name} is cut off: its {kind} data has no end; fetch it again")
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        if kind and isinstance(error, (zlib.error, gzip.BadGzipFile, _zstd().ZstdError)):
+        if kind and isinstance(error, (zlib.error, gzip.BadGzipFile, zstd_module().ZstdError)):
             return InputError(f"{self.flag}: {self.name} is no whole {kind} file: {reason}; fetch it again")
         return InputError(f"{self.flag}: cannot read {self.name}: {reason}")
 
@@ -86,7 +86,7 @@ class FileSource:
                     hashed = _HashedFile(file)
                     buffered = io.BufferedReader(hashed, READ_AHEAD)
                     yield from cut_lines(index, _decompressed(self.location, cast(IO[bytes], buffered)))
-                    while buffered.read(READ_AHEAD):
+                    while buffered.read(BLOCK):
                         pass  # what a reader leaves behind its last byte belongs to the file
                     read = hashed.hasher.hexdigest()
             except TooLongLine as error:
@@ -205,11 +205,12 @@ def _decompressed(location: str, stream: IO[bytes]) -> IO[bytes]:
     if location.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
     if location.endswith(".zst"):
-        return cast(IO[bytes], _zstd().ZstdFile(stream))
+        return cast(IO[bytes], zstd_module().ZstdFile(stream))
     return stream
 
 
-def _zstd() -> Any:
+def zstd_module() -> Any:
+    """Python's own `compression.zstd`, or its backport."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -219,5 +220,5 @@ def _zstd() -> Any:
 
 def _read_errors() -> tuple[type[Exception], ...]:
     """What readers raise for a file that is not what its name says; pyarrow's errors are ValueErrors."""
-    zstd_error: type[Exception] = _zstd().ZstdError
+    zstd_error: type[Exception] = zstd_module().ZstdError
     return (OSError, ValueError, EOFError, zlib.error, zstd_error)

@@ -65,27 +65,30 @@ def expand(pattern: str, places: Places | None, names: Sequence[str] | None = No
 
         return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
     if names is not None:
-        return sorted(name for name in names if _regex(pattern).fullmatch(name))
+        return _matching(pattern, names)
     from llmft_core.storage.transfer import list_files
 
     parts = pattern.split("/")
     fixed = next(index for index, part in enumerate(parts) if is_pattern(part))
-    folder, below = "/".join(parts[:fixed]), _regex("/".join(parts[fixed:]))
-    return [f"{folder}/{name}" for name in list_files(place_of(places, folder)) if below.fullmatch(name)]
+    folder = "/".join(parts[:fixed])
+    below = _matching("/".join(parts[fixed:]), list(list_files(place_of(places, folder))))
+    return [f"{folder}/{name}" for name in below]
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
     """A glob as Python's `glob` reads it: `*` and `?` stay in their folder and find no hidden file, `**/` is any
     folders."""
     pieces = re.findall(r"\*\*/|\*|\?|\[!?\]?[^\]]*\]|[^*?\[]+|\[", pattern)
-    words = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<![^/])(?!\.))?[^/]*", "?": r"[^/]"}
-    found = [
-        words[piece] if piece in words else _class(piece) if piece[0] == "[" and piece[1:] else re.escape(piece)
-        for piece in pieces
-    ]
-    return re.compile("".join(found))
+    words = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
+    wanted = re.compile("".join(words.get(piece) or _class(piece) for piece in pieces))
+    hidden = re.compile(r"(?:.*/)?\..*")
+    found = [name for name in names if wanted.fullmatch(name)]
+    return sorted(name for name in found if hidden.fullmatch(pattern) or not hidden.fullmatch(name))
 
 
 def _class(piece: str) -> str:
+    """`[abc]`, `[!abc]`, or text as it is."""
+    if piece[0] != "[" or len(piece) == 1:
+        return re.escape(piece)
     inner = piece[1:-1].replace("\\", r"\\")
     return f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"

@@ -59,7 +59,7 @@ class SplitSource:
         it cannot be read, and where files in several folders have different ones."""
         found: dict[str, bytes] = {}
         for file in self.files:
-            folder = file.name.rpartition("/")[0]
+            folder = file.name.rpartition("/")[0] or "."
             content = None if folder in found else file.companion(name)
             if content is not None:
                 found[folder] = content
@@ -116,8 +116,8 @@ def _split_source(files: Sequence[FileSource], flag: str, weights: Sequence[floa
 def _check_mix(mix: Sequence[float], given: Sequence[str]) -> None:
     if mix and len(mix) != len(given):
         raise InputError(
-            f"--data.mix: gives {len(mix)} weights for {len(given)} training sources ({', '.join(given)}): one each, "
-            "in their order"
+            f"--data.mix has {len(mix)} weights for the training sources {', '.join(given)}: give one for each, in "
+            "their order"
         )
 
 
@@ -156,12 +156,14 @@ def _in_folder(folder: str, dataset: DatasetFormat, places: Places | None) -> di
 
 
 def _names_in(folder: str, places: Places | None) -> list[str]:
-    """Names of the files that lie directly in a folder."""
+    """Names of the files that lie directly in a folder, without hidden ones."""
     if is_uri(folder):
         from llmft_core.storage.transfer import list_names
 
-        return [name for name in list_names(place_of(places, folder)) if not name.endswith("/")]
-    return sorted(path.name for path in Path(folder).expanduser().iterdir() if path.is_file())
+        names = [name for name in list_names(place_of(places, folder)) if not name.endswith("/")]
+    else:
+        names = [path.name for path in Path(folder).expanduser().iterdir() if path.is_file()]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _beside(folder: str, name: str, flag: str, places: Places | None) -> FileSource:

@@ -20,10 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmft_core import Conversation, DatasetFormat, InputError, Options, RowProblem, SourceOptions, Split
+from llmft_core.catalog import Catalog
 from llmft_core.data.blocks import cut_lines
 from llmft_core.data.hub import fetch_from_hub
 from llmft_core.data.rows import Row, parse_json_row
 from llmft_core.data.sources import SplitSource, find_sources
+from llmft_core.loading import load_plugins
+from llmft_core.storage.places import Places
 
 
 class Plain(DatasetFormat):
@@ -163,14 +166,7 @@ def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_uris_are_read_through_storage(tmp_path: Path) -> None:
-    from llmft_core.catalog import Catalog
-    from llmft_core.loading import load_plugins
-    from llmft_core.storage.places import Places
-
-    catalog = Catalog(load_plugins())
-    if "local" not in catalog.names("storage"):
-        pytest.skip("needs the local storage backend")
-    places = Places(catalog, None, {})
+    places = local_places()
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     write_parquet(tmp_path / "test.parquet", [{"a": 3}])
     uri = f"file://{tmp_path}"
@@ -179,6 +175,160 @@ def test_uris_are_read_through_storage(tmp_path: Path) -> None:
     assert rows_of(sources["test"]) == [(f"{uri}/test.parquet:1", {"a": 3})]
     with pytest.raises(InputError, match=r"--dataset.train: there is no file file:///"):
         find_sources(plain(train=f"{uri}/nothing.jsonl"), places)
+
+
+# --- shards, globs, several sources ------------------------------------------------------------------------------
+
+
+def files_of(source: SplitSource) -> list[str]:
+    return [file.name for file in source.files]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`a/` with shards of both splits, `b/` with rows of no split's name, `c.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/train-00000-of-00002.jsonl", "a/train-00001-of-00002.jsonl", "a/test_1.jsonl", "a/trainer.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"f": name}) + "\n")
+    for name in ("b/one.jsonl", "b/two.jsonl", "b/.hidden.jsonl", "b/notes.txt", "c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"f": name}) + "\n" * 2)
+    return tmp_path
+
+
+def test_shards_in_a_folder(shards: Path) -> None:
+    sources = find_sources(plain(source="a"), None)
+    assert files_of(sources["train"]) == ["a/train-00000-of-00002.jsonl", "a/train-00001-of-00002.jsonl"]
+    assert files_of(sources["test"]) == ["a/test_1.jsonl"]
+    assert sources["train"].name == "a (2 files)"
+    assert sources["test"].name == "a/test_1.jsonl"
+    assert rows_of(sources["train"]) == [
+        (f"a/train-0000{number}-of-00002.jsonl:1", {"f": f"a/train-0000{number}-of-00002.jsonl"}) for number in (0, 1)
+    ]
+    blocks = list(sources["train"].blocks(sources["train"].digest()))
+    assert [block.file for block in blocks] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ("b/*.jsonl", ["b/one.jsonl", "b/two.jsonl"]),
+        ("?/t*wo.jsonl", ["b/two.jsonl"]),
+        ("**/o[!a]e.jsonl", ["b/one.jsonl"]),
+        ("c.jsonl,b/two.jsonl", ["c.jsonl", "b/two.jsonl"]),
+        (["c.jsonl", "b/two.jsonl, b/one.jsonl"], ["c.jsonl", "b/two.jsonl", "b/one.jsonl"]),
+        ("a", ["a/train-00000-of-00002.jsonl", "a/train-00001-of-00002.jsonl"]),
+        ("a/*-of-*,c.jsonl", ["a/train-00000-of-00002.jsonl", "a/train-00001-of-00002.jsonl", "c.jsonl"]),
+    ],
+)
+@pytest.mark.parametrize("uri", [False, True])
+def test_what_is_given_is_one_list_of_files(given: Any, files: list[str], uri: bool, shards: Path) -> None:
+    base = f"file://{shards}/" if uri else ""
+    given = [item.strip() for item in (given.split(",") if isinstance(given, str) else given)]
+    given = [", ".join(base + part.strip() for part in item.split(",")) for item in given]
+    source = find_sources(plain(train=given), local_places() if uri else None)["train"]
+    assert files_of(source) == [base + file for file in files]
+    assert source.weights == (1.0,) * len(files)
+    assert [row["f"] for _, row in rows_of(source)] == files
+
+
+def test_all_files_of_a_folder_whose_names_say_nothing(shards: Path) -> None:
+    sources = find_sources(plain(train="b", test="a"), None)
+    assert files_of(sources["train"]) == ["b/one.jsonl", "b/two.jsonl"]
+    assert files_of(sources["test"]) == ["a/test_1.jsonl"]
+
+
+def test_a_mix_weighs_the_sources_as_they_are_given(shards: Path) -> None:
+    sources = find_sources(plain(train="b/*.jsonl,c.jsonl", test="a"), None, (0.5, 3))
+    assert sources["train"].weights == (0.5, 0.5, 3)
+    assert sources["test"].weights == (1.0,)
+    assert find_sources(plain(source="a"), None, (2,))["train"].weights == (2, 2)
+    with pytest.raises(InputError) as caught:
+        find_sources(plain(train="b/*.jsonl,c.jsonl"), None, (1, 2, 3))
+    assert str(caught.value) == (
+        "--data.mix has 3 weights for the training sources b/*.jsonl, c.jsonl: give one for each, in their order"
+    )
+
+
+def test_the_digest_of_several_files_is_of_all_of_them(shards: Path) -> None:
+    def digest(given: str) -> str:
+        return find_sources(plain(train=given), None)["train"].digest()
+
+    assert len({digest("b/one.jsonl"), digest("b/one.jsonl,c.jsonl"), digest("c.jsonl,b/one.jsonl")}) == 3
+    source = find_sources(plain(train="b/one.jsonl,c.jsonl"), None)["train"]
+    before = source.digest()
+    (shards / "c.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"--dataset.train: b/one.jsonl, c.jsonl \(2 files\) was changed while it was"):
+        list(source.blocks(before))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+         "f: train-00001-of-00003 is missing (2 of 3 are there)"),
+        (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"],
+         "f has train-00000-of-00001 and train-00000-of-00002, which are not shards of one set: choose with "
+         "--dataset.train FILE, or a pattern for several"),
+        (["train.jsonl", "train_old.jsonl"],
+         "f has train.jsonl and train_old.jsonl: choose with --dataset.train FILE, or a pattern for several"),
+        (["train.1.jsonl", "train.2.jsonl.gz"],
+         "f has train.1.jsonl and train.2.jsonl.gz: choose with --dataset.train FILE, or a pattern for several"),
+    ],
+)  # fmt: skip
+def test_files_of_which_it_is_not_plain_what_they_are(
+    names: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        Path("f").mkdir(exist_ok=True)
+        Path("f", name).write_text("{}\n")
+    with pytest.raises(InputError) as caught:
+        find_sources(plain(source="f"), None)
+    assert str(caught.value) == f"--dataset.source: {message}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "b/*",
+            "b/* matches b/notes.txt, which is no .jsonl, .jsonl.gz, .jsonl.zst or .parquet file: write a narrower",
+        ),
+        ("b/x*.jsonl", "no file matches b/x*.jsonl"),
+        ("c.jsonl,./c.jsonl", "./c.jsonl is given twice: --data.mix says how often an epoch passes over it"),
+        ("c.jsonl,*.jsonl", "c.jsonl is given twice"),
+        ("d", "there is no file d"),
+        ("e", "e is no file with rows and no folder with train rows (.jsonl, .jsonl.gz, .jsonl.zst or .parquet)"),
+        ("hf://datasets/x", "hf://datasets/x: write hf://datasets/OWNER/NAME/PATH-OF-A-FILE"),
+    ],
+)
+def test_what_cannot_be_given(given: str, message: str, shards: Path) -> None:
+    (shards / "e").mkdir()
+    with pytest.raises(InputError) as caught:
+        find_sources(plain(train=given), None)
+    assert f"--dataset.train: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_beside_the_rows(shards: Path) -> None:
+    assert find_sources(plain(source="a"), None)["train"].companion("tokens.json") is None
+    (shards / "a" / "tokens.json").write_text("[1]")
+    assert find_sources(plain(source="a"), None)["train"].companion("tokens.json") == b"[1]"
+    both = find_sources(plain(train=f"c.jsonl,file://{shards}/a"), local_places())["train"]
+    assert both.companion("tokens.json") == b"[1]"
+    (shards / "tokens.json").write_text("[2]")
+    with pytest.raises(InputError, match=rf"--dataset.train: the tokens.json of . and file://{shards}/a differ: make"):
+        both.companion("tokens.json")
+    assert find_sources(Made(Options()), None)["train"].companion("tokens.json") is None
+
+
+def local_places() -> Places:
+    catalog = Catalog(load_plugins())
+    if "local" not in catalog.names("storage"):
+        pytest.skip("needs the local storage backend")
+    return Places(catalog, None, {})
 
 
 def test_generated_rows() -> None:
@@ -289,8 +439,9 @@ READ = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_sources import OnHub, SourceOptions, InputError, find_sources, rows_of
+option = "train" if sys.argv[2].startswith("hf://") else "source"
 try:
-    sources = find_sources(OnHub(SourceOptions.model_validate({"source": sys.argv[2]})), None)
+    sources = find_sources(OnHub(SourceOptions.model_validate({option: sys.argv[2]})), None)
     for split, source in sources.items():
         print(split, rows_of(source))
 except InputError as error:
@@ -340,6 +491,47 @@ def test_the_hub_is_the_default_source_and_is_cached(tmp_path: Path) -> None:
         f"InputError --dataset.source: openai/gsm8k/main/train-00000-of-00001.parquet is not in the hub's cache and "
         f"{endpoint} is out of reach; give your own copy with --dataset.source FOLDER"
     )
+
+
+def test_shards_on_the_hub(tmp_path: Path) -> None:
+    base, home = "/datasets/me/mine/resolve/main", tmp_path / "hub"
+    files = {f"{base}/README.md": b"# mine"}
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        files[f"{base}/data/{name}.jsonl"] = json.dumps({"f": name}).encode()
+    train = [
+        f"('hf://datasets/me/mine/data/train-0000{n}-of-00002.jsonl:1', {{'f': 'train-0000{n}-of-00002'}})"
+        for n in (0, 1)
+    ]
+    test = "test [('hf://datasets/me/mine/data/test-00000-of-00001.jsonl:1', {'f': 'test-00000-of-00001'})]"
+    with stub_hub(files) as endpoint:
+        one = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-00001-of-00002.jsonl")
+        assert one == f"train [{train[1]}]"
+        offline = read_in_a_process(endpoint, home, "me/mine", HF_HUB_OFFLINE="1")
+        assert offline == ("InputError --dataset.source: me/mine: train-00000-of-00002 is missing (1 of 2 are there)")
+        assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
+        some = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
+        assert some == f"train [{', '.join(train)}]"
+        none = read_in_a_process(endpoint, home, "hf://datasets/me/mine/train-*.jsonl")
+        assert none == (
+            "InputError --dataset.train: the hub repository me/mine has no .jsonl, .jsonl.gz, .jsonl.zst or .parquet "
+            "file train-*.jsonl"
+        )
+    assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
+    unknown = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
+    assert unknown == (
+        "InputError --dataset.train: hf://datasets/me/mine/data/train-*.jsonl: which files match is not known without "
+        "the hub: name them"
+    )
+
+
+def test_a_repository_without_rows(tmp_path: Path) -> None:
+    files = {"/datasets/me/mine/resolve/main/README.md": b"# mine"}
+    with stub_hub(files) as endpoint:
+        assert read_in_a_process(endpoint, tmp_path, "me/mine") == (
+            "InputError --dataset.source: the hub repository me/mine has no train file (.jsonl, .jsonl.gz, .jsonl.zst "
+            "or .parquet) in its root or in data/: name one with --dataset.train hf://datasets/me/mine/PATH, or give a "
+            "folder with --dataset.source FOLDER"
+        )
 
 
 def test_offline_is_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -162,6 +163,100 @@ def test_nodes_that_share_fetch_each_byte_once_together_and_find_a_damaged_one(
         assert {name: (folder / name).read_bytes() for name in files} == files
 
 
+def in_a_driver(cluster: ThreeNodes, script: str, *args: str, folder: Path, cache: Path) -> str:
+    """What a script prints in a driver of its own, connected to the cluster as `llmft run` is."""
+    connect = (
+        "import sys; from llmft_core.train.cluster import _connected; found = _connected(sys.argv[1], debug=False)"
+    )
+    command = [sys.executable, "-c", f"{connect}\n{script}", cluster.address, *args]
+    environment = {**os.environ, **cluster.environment, "LLMFT_CACHE": str(cache)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PREPARE = """
+from dataclasses import asdict
+from pathlib import Path
+from llmft_core import SourceOptions
+from llmft_core.data.prepare import prepare
+from llmft_core.plan import RunPlan
+from llmft_plugins.datasets.gsm8k import Gsm8k
+sys.path.append(sys.argv[4])
+from toy_tokenizers import byte_level_tokenizer
+dataset = Gsm8k(SourceOptions(source=sys.argv[2]))
+for engine in ("local", "ray"):
+    plan = RunPlan.model_validate({"data": {"engine": engine, "max-dropped": 1.0}, "context-length": 200})
+    data = prepare(dataset, plan, byte_level_tokenizer(), "print", None, Path(sys.argv[3]) / engine)
+    splits = {split: asdict(one) for split, one in data.report.splits.items()}
+    import json
+    print(json.dumps([data.report.content_digest, splits], sort_keys=True))
+"""
+
+
+def test_rows_encoded_on_the_nodes_are_those_encoded_here(cluster: ThreeNodes, tmp_path: Path) -> None:
+    rows = ({"question": f"{number} " * (1 + number % 150), "answer": str(number)} for number in range(20_000))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (tmp_path / "train.jsonl").stat().st_size > 8 * 2**20, "more blocks than are encoded at once"
+    support = str(Path(__file__).parents[1] / "support")
+    paths = (str(tmp_path), str(tmp_path / "caches"), support)
+    local, ray = in_a_driver(cluster, PREPARE, *paths, folder=tmp_path, cache=tmp_path / "cache").splitlines()
+    assert json.loads(local)[1]["train"]["rows"] > 4000
+    assert json.loads(local)[1]["train"]["dropped"] > 4000
+    assert ray == local
+    (first, second) = (
+        {path.name: path.read_bytes() for path in (tmp_path / "caches" / engine).rglob("*.npy")}
+        for engine in ("local", "ray")
+    )
+    assert len(first) == 5
+    assert second == first
+
+
+def test_the_ray_engine_needs_a_cluster_elsewhere(tmp_path: Path) -> None:
+    answer = llmft("run", "--workers", "0", "--data.engine", "ray", folder=tmp_path)
+    assert answer.code == 2, answer.out
+    (line,) = answer.errors
+    assert "data.engine: ray encodes on the nodes of a cluster elsewhere, and this run has this machine" in line
+
+
+SHIP = """
+from llmft_core import LlmftError
+from llmft_core.train.ship import ship
+try:
+    for _ in range(2):
+        print(sorted(node.host for node in ship(found, sys.argv[2:])))
+except LlmftError as error:
+    print(error)
+"""
+
+
+def test_prepared_data_reaches_the_nodes_in_chunks(cluster: ThreeNodes, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    files = {"train/ids.npy": os.urandom(40 * 2**20), "train/empty": b"", "report.json": b"{}"}
+    for name, content in files.items():
+        (cache / "data" / "key" / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / "data" / "key" / name).write_bytes(content)
+    said = in_a_driver(cluster, SHIP, "data/key", folder=tmp_path, cache=cache).splitlines()
+    first, second = map(eval, said)
+    assert len(first) == 2
+    assert second == [], "they have it"
+    for node in cluster.caches:
+        there = {path.relative_to(node / "data" / "key").as_posix() for path in (node / "data" / "key").rglob("*")}
+        assert there == {*files, "train"}
+        assert all((node / "data" / "key" / name).read_bytes() == content for name, content in files.items())
+        assert not list((node / "data").glob("*.partial"))
+
+
+def test_a_node_that_cannot_take_the_data_is_named(cluster: ThreeNodes, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / "refused" / "key").mkdir(parents=True)
+    (cache / "refused" / "key" / "ids.npy").write_bytes(b"x" * 100)
+    (cluster.caches[1] / "refused").write_text("a file where a folder must be")
+    said = in_a_driver(cluster, SHIP, "refused/key", folder=tmp_path, cache=cache)
+    assert re.fullmatch(r"node \S+ \(127\.0\.0\.1\): cannot write the prepared data to .*refused: .*\n", said), said
+    assert not list((cluster.caches[0] / "refused").iterdir()), "nothing half stays on the other node"
+
+
 def stage_shared(cluster: ThreeNodes, model: str, url: str, *, folder: Path) -> tuple[int, str]:
     """The staging of a run alone, in a driver of its own; its exit code and its error."""
     script = """
@@ -176,7 +271,7 @@ found = _connected(address, debug=False)
 import ray
 mailbox = ray.remote(num_cpus=0)(run.Mailbox).remote()
 try:
-    run.stage_shared(found, (plan.to_json(), {}, [], mailbox), run.stage_on_node)
+    run.stage_shared(found, (plan.to_json(), {}, mailbox), run.stage_on_node)
 except LlmftError as error:
     sys.exit(str(error))
 """
