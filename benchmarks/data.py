@@ -55,7 +55,7 @@ def tokenizer_of(shared: Path) -> Any:
 
 def make_rows(gsm8k: Path, count: int, target: Path) -> None:
     """So many distinct rows of GSM8K's form and lengths. A pure function of the count."""
-    originals = [json.loads(line) for line in gsm8k.read_text(encoding="utf-8").splitlines()]
+    originals = [json.loads(line) for line in gsm8k.read_text(encoding="utf-8").strip().split("\n")]
     draw, seen = random.Random(0), set()
     shifted_digits = [str.maketrans("0123456789", ("0123456789" * 2)[by : by + 10]) for by in range(10)]
     with target.open("w", encoding="utf-8") as file:
@@ -125,7 +125,7 @@ def trl(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any]]
         use_cpu=True,
     )
     tokenizer.eos_token = "<END_A>"
-    trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=None)
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
 
     def form(row: dict[str, str]) -> dict[str, str]:
         return {"prompt": f"<START_Q>{row['question']}<END_Q><START_A>", "completion": f"{row['answer']}<END_A>"}
@@ -141,7 +141,7 @@ def trl(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any]]
 
 def raw(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any]]:
     """The ceiling."""
-    lines = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, rows.read_text(encoding="utf-8").strip().split("\n"))
     texts = [f"<START_Q>{row['question']}<END_Q><START_A>{row['answer']}<END_A>" for row in lines]
 
     def timed() -> dict[str, Any]:
