@@ -215,8 +215,7 @@ def test_rows_encoded_on_the_nodes_are_those_encoded_here(cluster: ThreeNodes, t
 def test_the_ray_engine_needs_a_cluster_elsewhere(tmp_path: Path) -> None:
     answer = llmft("run", "--workers", "0", "--data.engine", "ray", folder=tmp_path)
     assert answer.code == 2, answer.out
-    (line,) = answer.errors
-    assert "data.engine: ray encodes on the nodes of a cluster elsewhere, and this run has this machine" in line
+    assert "data.engine: ray encodes on the nodes of a cluster elsewhere, and this run has this machine" in answer.err
 
 
 SHIP = """
