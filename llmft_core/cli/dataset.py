@@ -12,7 +12,10 @@ from pathlib import Path
 from llmft_core.errors import InputError, close_match
 
 PROG = "llmft dataset"
-ACTIONS: dict[str, str] = {}  # action → what it does
+ACTIONS: dict[str, str] = {
+    "preview": "rows exactly as the model sees them, token by token",
+    "stats": "lengths, padding and vocabulary, to choose context length and packing by",
+}  # action → what it does
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
