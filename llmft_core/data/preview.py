@@ -124,7 +124,7 @@ def find_row(table: TokenTable, wanted: str, report: SplitReport) -> int:
         return found[0]
     sources = sorted({table.origin(0).source, table.origin(len(table) - 1).source})
     if not any(_is_named(source, name) for source in sources):
-        raise InputError(f"--row {wanted}: no rows come from {name}; the first are from {sources[0]}")
+        raise InputError(f"--row {wanted}: no rows come from {name}; they come from {' and '.join(sources)}")
     lost = next((origin for origin in report.dropped_origins if origin.endswith(wanted)), "")
     if lost:
         raise InputError(f"--row {wanted}: is longer than the context and was dropped: raise --context-length")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
 
 from llmft_core.report import words
+from llmft_core.report.page import escaped
 from llmft_core.views import Histogram
 
 BLOCKS = " ▏▎▍▌▋▊▉"
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 26, 48
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 30, 54
 """Margins of the picture, in its units."""
 
 STYLE = """
@@ -18,6 +18,7 @@ svg.histogram { --ink: #1c1d1f; --quiet: #62666d; --line: #d9dbde; --bar: #3b72b
   font: 13px system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) { svg.histogram { --ink: #e4e6e9; --quiet: #9aa0a8; --line: #34383d;
   --bar: #6ea5ea; --mark: #ff8a80; } }
+@media (max-width: 36rem) { svg.histogram { font-size: 20px; } }
 svg.histogram text { fill: var(--quiet); font-variant-numeric: tabular-nums; }
 svg.histogram .bar { fill: var(--bar); }
 svg.histogram .grid { stroke: var(--line); }
@@ -58,7 +59,7 @@ def histogram_svg(histogram: Histogram, context: int, what: str) -> str:
     def up(count: float) -> float:
         return bottom - count / most * (bottom - TOP)
 
-    parts = [f"<title>{escape(what)}</title>", f"<style>{STYLE}</style>"]
+    parts = [f"<title>{escaped(what)}</title>", f"<style>{STYLE}</style>"]
     for count in ticks(0, most, 5):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{up(count):.1f}" y2="{up(count):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{up(count) + 4:.1f}" text-anchor="end">{words.count(count)}</text>')
@@ -72,9 +73,9 @@ def histogram_svg(histogram: Histogram, context: int, what: str) -> str:
                 "</title></rect>"
             )
     for tokens in ticks(histogram.first, last, 8):
-        parts.append(f'<text x="{across(tokens):.1f}" y="{bottom + 18}" text-anchor="middle">{tokens:,}</text>')
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">tokens a row</text>')
-    parts.append(f'<text x="{LEFT}" y="14">rows</text>')
+        parts.append(f'<text x="{across(tokens):.1f}" y="{bottom + 20}" text-anchor="middle">{tokens:,}</text>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">tokens a row</text>')
+    parts.append(f'<text x="{LEFT}" y="16">rows</text>')
     if histogram.first <= context < last:
         x = across(context + 1)  # what is as long as the context still fits
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{bottom}"/>')

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from llmft_core.report.visible import plain
+
 COLOURS = """
 :root { color-scheme: light dark;
   --page: #fbfbfa; --ink: #1c1d1f; --quiet: #62666d; --line: #d9dbde; --card: #ffffff;
@@ -35,11 +37,16 @@ svg { display: block; width: 100%; height: auto; }
 """
 
 
+def escaped(text: str) -> str:
+    """Text as markup, also within quotes; what does not print as its code point."""
+    return escape(plain(text))
+
+
 def page(title: str, body: str, style: str = "") -> str:
     """The whole document. `title` is text, `body` and `style` are markup that has been escaped."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{COLOURS}{LAYOUT}{style}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+        f"<title>{escaped(title)}</title>\n<style>{COLOURS}{LAYOUT}{style}</style>\n</head>\n<body>\n"
+        f"<h1>{escaped(title)}</h1>\n{body}\n</body>\n</html>\n"
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from html import escape
 
 from llmft_core.report import words
-from llmft_core.report.page import page
+from llmft_core.report.page import escaped, page
 from llmft_core.report.rows_text import headline
 from llmft_core.report.visible import NEWLINE, TAB, attached, printable
 from llmft_core.views import BatchView, Piece, RowView
@@ -14,7 +14,7 @@ from llmft_core.views import BatchView, Piece, RowView
 STYLE = f"""
 .legend, .row {{ font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .9rem; }}
 .row {{ background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }}
+  white-space: pre-wrap; overflow-wrap: anywhere; overflow-x: auto; line-height: 1.9; }}
 .t {{ border-radius: .2rem; box-shadow: inset 0 0 0 1px var(--line); padding: .1em 0; }}
 .trained {{ background: var(--trained); border-bottom: 2px solid var(--trained-line); }}
 .special {{ background: var(--special); color: var(--special-ink); font-weight: 600; padding: .1em .25em; }}
@@ -25,11 +25,12 @@ STYLE = f"""
 .b::before {{ content: "{TAB}"; color: var(--quiet); }}
 .x {{ color: var(--mark); }}
 .legend > span {{ margin-right: .75rem; }}
-body:has(#ids:checked) .row .t {{ display: inline-flex; flex-direction: column; align-items: center;
-  margin: 0 .1rem .35rem 0; line-height: 1.4; white-space: pre; max-width: 100%; }}
-body:has(#ids:checked) .row .t::after {{ content: attr(data-id); font-size: .7rem; color: var(--quiet);
-  font-weight: 400; font-style: normal; }}
-body:has(#ids:checked) .row .n {{ height: 1.4em; overflow: hidden; }}
+.special, .part {{ white-space: nowrap; unicode-bidi: isolate; }}
+body:has(#ids:checked) .row .t {{ display: inline-block; text-align: center; margin: 0 .1rem .35rem 0;
+  line-height: 1.4; white-space: pre; }}
+body:has(#ids:checked) .row .t::after {{ content: attr(data-id); display: block; font-size: .7rem;
+  color: var(--quiet); font-weight: 400; font-style: normal; }}
+body:has(#ids:checked) .row .n {{ white-space: nowrap; }}
 .strip {{ display: grid; grid-template-columns: minmax(4rem, 12rem) 1fr; gap: .25rem .75rem; align-items: center; }}
 .strip span {{ font-size: .8rem; color: var(--quiet); overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   direction: rtl; text-align: left; }}
@@ -61,7 +62,7 @@ def rows_page(title: str, rows: list[RowView], batch: BatchView | None, *, ids: 
 def row_section(row: RowView) -> str:
     """A row: a headline and its tokens."""
     tokens = "".join(token(piece) for piece in row.pieces)
-    return f'<section><h2>{escape(headline(row))}</h2>\n<div class="row">{tokens}</div></section>\n'
+    return f'<section><h2>{escaped(headline(row))}</h2>\n<div class="row">{tokens}</div></section>\n'
 
 
 def token(piece: Piece) -> str:
@@ -73,10 +74,9 @@ def token(piece: Piece) -> str:
         kinds.append("part")
     if piece.trained:
         kinds.append("trained")
-    # As in HTML a line break at the very end of a block is swallowed, it never is one: the element goes on around it.
-    shown = marked(piece.text) if piece.text else escape(piece.name)
+    shown = marked(piece.text) if piece.text else escaped(piece.name)
     said = f"{piece.name!r}, id {piece.id}, {'trained' if piece.trained else 'not trained'}"
-    return f'<span class="{" ".join(kinds)}" data-id="{piece.id}" title="{escape(said)}">{shown}</span>'
+    return f'<span class="{" ".join(kinds)}" data-id="{piece.id}" title="{escaped(said)}">{shown}</span>'
 
 
 def marked(text: str) -> str:
@@ -98,10 +98,10 @@ def batch_section(batch: BatchView) -> str:
     strips = []
     for label, runs in batch.rows:
         parts = "".join(
-            f'<i class="{run.kind}" style="flex: {run.tokens} 0 0" title="{words.counted(run.tokens, run.kind)}"></i>'
+            f'<i class="{run.kind}" style="flex: {run.tokens} 0 0" title="{words.count(run.tokens)} {run.kind}"></i>'
             for run in runs
         )
-        strips.append(f'<span title="{escape(label)}"><bdi>{escape(label)}</bdi></span><div>{parts}</div>\n')
+        strips.append(f'<span title="{escaped(label)}"><bdi>{escaped(label)}</bdi></span><div>{parts}</div>\n')
     keys = "".join(f'<span><i class="key {kind}"></i>{kind}</span>' for kind in ("untrained", "trained", "padding"))
     return (
         f"<section><h2>The first micro-batch: {words.counted(len(batch.rows), 'row')} of {words.count(batch.width)} "

@@ -8,12 +8,23 @@ from rich.console import Console
 from rich.text import Text
 
 from llmft_core.report import words
-from llmft_core.report.visible import BEGIN_SPECIAL, BEGIN_TRAINED, END_SPECIAL, END_TRAINED, NEWLINE, SPACE, visible
+from llmft_core.report.visible import (
+    BEGIN_SPECIAL,
+    BEGIN_TRAINED,
+    END_SPECIAL,
+    END_TRAINED,
+    NEWLINE,
+    PART,
+    SPACE,
+    plain,
+    visible,
+)
 from llmft_core.views import Piece, RowView
 
 TRAINED, SPECIAL, INCOMPLETE, QUIET = "bold green", "magenta", "yellow", "dim"
 LEGEND = (
-    f"{BEGIN_TRAINED}trained{END_TRAINED}  {BEGIN_SPECIAL}special token{END_SPECIAL}  {SPACE} space  {NEWLINE} line end"
+    f"{BEGIN_TRAINED}trained{END_TRAINED}  {BEGIN_SPECIAL}special token{END_SPECIAL}  {SPACE} space  "
+    f"{NEWLINE} line end  {PART} part of a character"
 )
 
 
@@ -34,7 +45,7 @@ def headline(row: RowView) -> str:
     """`row 1 · train.jsonl:1 · 184 tokens, 120 trained · ends trained`."""
     end = "ends trained" if row.ends_trained else "does not end trained"
     counts = f"{words.counted(len(row.pieces), 'token')}, {words.count(row.trained_tokens)} trained"
-    return f"row {row.number} · {row.origin} · {counts} · {end}"
+    return f"row {row.number} · {plain(row.origin)} · {counts} · {end}"
 
 
 def flowing(row: RowView) -> Text:
@@ -48,21 +59,28 @@ def flowing(row: RowView) -> Text:
 
 
 def lines_with_ids(row: RowView, width: int) -> Iterator[Text]:
-    """Pairs of lines, the tokens and their ids below, at most `width` cells wide where a token is not wider."""
+    """Pairs of lines, the tokens and their ids below, at most `width` cells wide where a token is not wider. A line
+    break of the row breaks them, too."""
     tokens, ids = Text(), Text()
     for piece, before, after in bracketed(row):
-        cell = Text(before, TRAINED) + drawn(piece, break_lines=False) + Text(after, TRAINED)
+        cell = Text(before, TRAINED) + drawn(piece, alone=True) + Text(after, TRAINED)
         room = max(cell.cell_len, len(str(piece.id))) + 1
-        if tokens.cell_len + room > width and tokens.cell_len:
-            yield from (tokens, ids)
+        if tokens and tokens.cell_len + room - 1 > width:
+            yield from _ended(tokens, ids)
             tokens, ids = Text(), Text()
         tokens += cell + " " * (room - cell.cell_len)
         ids.append(str(piece.id).ljust(room), QUIET)
         if "\n" in piece.text:
-            yield from (tokens, ids)
+            yield from _ended(tokens, ids)
             tokens, ids = Text(), Text()
-    if tokens.cell_len:
-        yield from (tokens, ids)
+    if tokens:
+        yield from _ended(tokens, ids)
+
+
+def _ended(*lines: Text) -> tuple[Text, ...]:
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def bracketed(row: RowView) -> Iterator[tuple[Piece, str, str]]:
@@ -74,11 +92,11 @@ def bracketed(row: RowView) -> Iterator[tuple[Piece, str, str]]:
         yield piece, before, END_TRAINED if piece.trained and not following else ""
 
 
-def drawn(piece: Piece, *, break_lines: bool = True) -> Text:
-    """One token."""
+def drawn(piece: Piece, *, alone: bool = False) -> Text:
+    """One token. `alone`: it stands in a column of its own, without line breaks, and a part of a character is named."""
     if piece.special:
         return Text(f"{BEGIN_SPECIAL}{visible(piece.text)}{END_SPECIAL}", SPECIAL)
     if not piece.text:
-        return Text(visible(piece.name), INCOMPLETE)
+        return Text(PART + visible(piece.name) if alone else PART, INCOMPLETE)
     shown = visible(piece.text)
-    return Text(shown if break_lines else shown.replace("\n", ""), TRAINED if piece.trained else "")
+    return Text(shown.replace("\n", "") if alone else shown, TRAINED if piece.trained else "")

@@ -64,21 +64,18 @@ def percentile_table(split: SplitStatistics) -> Table:
     return Table(headings, [cells("tokens", split.lengths), cells("trained", split.trained)])
 
 
-def context_table(split: SplitStatistics, shown: Shown) -> Table:
-    """What each context length would mean."""
-    padding = [f"padding {how}" for how in ("sorted", "packed", "full")]
-    headings = ["context", "longer rows", *padding, "steps", "packed rows", "packed steps"]
+def context_table(name: str, split: SplitStatistics, shown: Shown) -> Table:
+    """What each context length would mean; optimizer steps are told of the split that is trained on."""
+    headings = ["context", "longer rows", "padding sorted", "padding packed", "padding full", "packed rows"]
 
     def cells(fit: ContextFit) -> list[str]:
-        return [
-            words.count(fit.context),
-            f"{words.count(fit.over)} ({100 * fit.over_share:.2f} %)" if fit.over else "0",
-            *("–" if waste is None else words.share(waste) for waste in (fit.sorted, fit.packed, fit.full)),
-            words.count(-(-fit.rows // shown.global_batch)),
-            words.count(fit.packed_rows),
-            words.count(-(-fit.packed_rows // shown.global_batch)),
-        ]
+        longer = f"{words.count(fit.over)} ({100 * fit.over_share:.2f} %)" if fit.over else "0"
+        padding = ["–" if waste is None else words.share(waste) for waste in (fit.sorted, fit.packed, fit.full)]
+        steps = [words.count(-(-rows // shown.global_batch)) for rows in (fit.rows, fit.packed_rows)]
+        numbers = [words.count(fit.context), longer, *padding, words.count(fit.packed_rows)]
+        return [*numbers, *(steps if name == "train" else [])]
 
+    headings += ["steps", "packed steps"] if name == "train" else []
     chosen = [fit.context for fit in split.contexts].index(shown.context)
     return Table(headings, [cells(fit) for fit in split.contexts], chosen)
 
@@ -111,7 +108,7 @@ def statistics_lines(shown: Shown, width: int) -> Iterator[str]:
         yield from ("", "tokens of a row, and how many rows")
         yield from histogram_lines(split.histogram, width)
         yield ""
-        yield from aligned(context_table(split, shown))
+        yield from aligned(context_table(name, split, shown))
         yield from ("", "special tokens")
         yield from aligned(token_table(split.vocabulary.special, split.tokens))
         yield from ("", "most frequent tokens")

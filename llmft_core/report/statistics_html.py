@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from llmft_core.report.histogram import histogram_svg
-from llmft_core.report.page import page
+from llmft_core.report.page import escaped, page
 from llmft_core.report.statistics import Shown, context_table, facts, percentile_table, token_table
 from llmft_core.report.tables import markup
 from llmft_core.views import SplitStatistics
@@ -22,20 +20,20 @@ td:first-child { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas,
 
 def statistics_page(shown: Shown, title: str) -> str:
     """The whole page."""
-    notes = "".join(f"<p>{escape(note)}</p>\n" for note in shown.notes)
+    notes = "".join(f"<p>{escaped(note)}</p>\n" for note in shown.notes)
     sections = "".join(section(name, split, shown) for name, split in shown.splits.items())
-    return page(title, f"<p>tokenizer {escape(shown.tokenizer)}</p>\n{sections}{notes}", STYLE)
+    return page(title, f"<p>tokenizer {escaped(shown.tokenizer)}</p>\n{sections}{notes}", STYLE)
 
 
 def section(name: str, split: SplitStatistics, shown: Shown) -> str:
     """One split."""
-    lines = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>\n" for label, text in facts(split))
+    lines = "".join(f"<dt>{escaped(label)}</dt><dd>{escaped(text)}</dd>\n" for label, text in facts(split))
     vocabulary = split.vocabulary
     return (
-        f"<section><h2>{escape(name)} split</h2>\n<dl>\n{lines}</dl>\n"
+        f"<section><h2>{escaped(name)} split</h2>\n<dl>\n{lines}</dl>\n"
         f"<figure>{picture(name, split, shown)}</figure>\n"
         f"{markup(percentile_table(split))}"
-        f"<h3>Context lengths</h3>\n{markup(context_table(split, shown))}"
+        f"<h3>Context lengths</h3>\n{markup(context_table(name, split, shown))}"
         '<div class="beside">'
         f"<div><h3>Special tokens</h3>\n{markup(token_table(vocabulary.special, split.tokens))}</div>\n"
         f"<div><h3>Most frequent tokens</h3>\n{markup(token_table(vocabulary.frequent, split.tokens))}</div></div>"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 
 from rich.cells import cell_len
+
+from llmft_core.report.page import escaped
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def markup(table: Table) -> str:
     """The table as HTML, which scrolls by itself where the page is narrow."""
 
     def line(tag: str, cells: list[str]) -> str:
-        return "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+        return "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
 
     begins = ["<tr>"] * len(table.rows)
     if table.chosen >= 0:

@@ -7,7 +7,8 @@ import unicodedata
 SPACE, TAB, NEWLINE = "·", "⇥", "⏎"
 BEGIN_TRAINED, END_TRAINED = "⟦", "⟧"
 BEGIN_SPECIAL, END_SPECIAL = "▐", "▌"
-MARKS = frozenset((SPACE, TAB, NEWLINE, BEGIN_TRAINED, END_TRAINED, BEGIN_SPECIAL, END_SPECIAL))
+PART = "░"
+MARKS = frozenset((SPACE, TAB, NEWLINE, PART, BEGIN_TRAINED, END_TRAINED, BEGIN_SPECIAL, END_SPECIAL))
 """What the terminal view writes itself: in a text they are written as their code points."""
 
 
@@ -28,6 +29,11 @@ def visible(text: str) -> str:
 def printable(character: str) -> str:
     """The character, or its code point where it does not print: control and format characters, odd spaces."""
     return character if character.isprintable() else code_point(character)
+
+
+def plain(text: str) -> str:
+    """The text in one line, every character as one that prints: for names of files and the like."""
+    return "".join(map(printable, text))
 
 
 def attached(text: str) -> str:
