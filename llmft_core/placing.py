@@ -89,12 +89,14 @@ def default_micro_batch(share: int) -> int:
 def likely_micro_batch(plan: RunPlan) -> int:
     """The micro-batch as far as the plan alone says it: for one worker where their number is open. Raises InputError
     where it does not divide the global batch."""
-    share, rest = divmod(plan.global_batch, max(1, plan.workers or 1))
+    workers = max(1, plan.workers or 1)
+    share, rest = divmod(plan.global_batch, workers)
     micro_batch = plan.micro_batch or (default_micro_batch(share) if share else 1)
     if rest or share % micro_batch:
+        count = "1 worker" if workers == 1 else f"{workers} workers"
         raise InputError(
-            f"--global-batch {plan.global_batch} cannot be shared by {max(1, plan.workers or 1)} workers in "
-            f"micro-batches of {micro_batch}: choose another --global-batch or --micro-batch"
+            f"--global-batch {plan.global_batch} cannot be shared by {count} in micro-batches of {micro_batch}: "
+            "choose another --global-batch or --micro-batch"
         )
     return micro_batch
 

@@ -106,11 +106,11 @@ def best_fit_rows(lengths: Lengths, context: int) -> int:
     with_room = np.zeros(context + 1, dtype=np.int64)  # room in tokens → packed rows that have it
     packed = 0
     items = np.bincount(lengths, minlength=1)
-    for length in np.flatnonzero(items)[::-1]:
+    for length in np.flatnonzero(items)[::-1].tolist():
         left = int(items[length])
         while left:
             fitting = np.flatnonzero(with_room[length:])
-            room = length + fitting[0] if len(fitting) else context
+            room = length + int(fitting[0]) if len(fitting) else context
             each = room // length  # the row that fits best stays that until no more goes in
             rows = -(-left // each)
             if len(fitting):
