@@ -66,11 +66,9 @@ def figures(plan: RunPlan, given: Given) -> Shown:
     tables = {"train": material.data.train, "test": material.data.test}
     return Shown(
         splits={
-            name: split_statistics(
-                table, material.tokenizer, plan.context_length, plan.seed, plan.global_batch, micro_batch
-            )
-            for name, table in tables.items()
-            if table is not None
+            name: split_statistics(table, report.source, material.tokenizer, plan, micro_batch)
+            for name, report in material.data.report.splits.items()
+            if (table := tables[name]) is not None
         },
         tokenizer=plan.model.tokenizer or plan.model.name,
         context=plan.context_length,

@@ -151,9 +151,8 @@ def _layout(table: TokenTable, row: int, width: int) -> tuple[str, tuple[Run, ..
     if row == NO_ROW:
         return "no row", (Run("padding", width),)
     _, labels = table.row(row)
-    runs = [
-        Run("trained" if trained else "untrained", len(list(group)))
-        for trained, group in groupby(bool(label != IGNORED_LABEL) for label in labels)
-    ]
+    counts = labels != IGNORED_LABEL
+    counts[0] = False
+    runs = [Run("trained" if trained else "untrained", len(list(group))) for trained, group in groupby(counts.tolist())]
     rest = width - len(labels)
     return str(table.origin(row)), (*runs, *([Run("padding", rest)] if rest else []))

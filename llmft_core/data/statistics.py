@@ -12,6 +12,7 @@ import numpy.typing as npt
 from llmft_core.data.batches import SHORTEST, epoch_order, steps_per_epoch
 from llmft_core.data.preview import Speller, trained_tokens
 from llmft_core.data.tables import TokenTable
+from llmft_core.plan import RunPlan
 from llmft_core.views import ContextFit, Histogram, Percentiles, SplitStatistics, TokenCount, Vocabulary
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -25,12 +26,12 @@ Lengths = npt.NDArray[np.int64]
 
 
 def split_statistics(
-    table: TokenTable, tokenizer: Any, context: int, seed: int, global_batch: int, micro_batch: int
+    table: TokenTable, source: str, tokenizer: Any, plan: RunPlan, micro_batch: int
 ) -> SplitStatistics:
-    """Of a table that was made without a limit for the length. The other arguments are the plan's."""
+    """Of a table that was made without a limit for the length; `source` is what its rows are from."""
     lengths = np.diff(table.offsets)
     return SplitStatistics(
-        source=table.source,
+        source=source,
         rows=len(table),
         tokens=table.total_tokens,
         trained_tokens=table.total_trained_tokens,
@@ -39,7 +40,8 @@ def split_statistics(
         trained=percentiles(trained_tokens(table)),
         histogram=histogram(lengths),
         contexts=tuple(
-            context_fit(lengths, each, seed, global_batch, micro_batch) for each in sorted({*CONTEXTS, context})
+            context_fit(lengths, each, plan.seed, plan.global_batch, micro_batch)
+            for each in sorted({*CONTEXTS, plan.context_length})
         ),
         vocabulary=vocabulary(table, tokenizer),
     )
