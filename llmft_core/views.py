@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+Pick = Literal["first", "random", "longest", "shortest", "least-trained"]
+"""Which rows are shown."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class BatchView:
         return sum(run.tokens for _, runs in self.rows for run in runs if run.kind == "padding") / (
             self.width * len(self.rows)
         )
+
+
+def round_numbers() -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50 and so on: steps of an axis that people can read."""
+    return (digit * 10**power for power in count() for digit in (1, 2, 5))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from llmft_core.cli.dataset_rows import check_target, rows_of, write
 from llmft_core.cli.flags import Parser, read_flags
 from llmft_core.errors import InputError
+from llmft_core.views import Pick
 
 PROG = "llmft dataset preview"
-PICKS = ("first", "random", "longest", "shortest", "least-trained")
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
@@ -63,7 +64,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is shown")
     group.add_argument("--split", choices=("train", "test"), default="train", help="rows of this split [train]")
     group.add_argument("--rows", type=int, default=5, metavar="N", help="so many rows [5]")
-    group.add_argument("--pick", choices=PICKS, default="first", help="which rows; random ones by --seed [first]")
+    group.add_argument("--pick", choices=get_args(Pick), default="first", help="which rows [first]; random by --seed")
     group.add_argument(
         "--row", action="append", metavar="ROW", help="this row: FILE:LINE, or its number from 1; repeatable"
     )

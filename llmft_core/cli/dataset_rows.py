@@ -41,7 +41,6 @@ def check_target(flag: str, file: str) -> None:
 def write(flag: str, file: str, text: str) -> None:
     """Write a file, over one that is there. Raises InputError."""
     try:
-        # A lone surrogate cannot be written, and rows that hold one are refused long before.
         Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{flag} {file}: cannot be written ({error.strerror}): name another file") from error

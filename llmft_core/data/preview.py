@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,7 @@ from llmft_core.data.report import SplitReport
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError
 from llmft_core.values import IGNORED_LABEL
-from llmft_core.views import BatchView, Piece, RowView, Run
-
-Pick = Literal["first", "random", "longest", "shortest", "least-trained"]
-PICKS: tuple[str, ...] = get_args(Pick)
+from llmft_core.views import BatchView, Pick, Piece, RowView, Run
 
 INCOMPLETE = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""

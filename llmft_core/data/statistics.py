@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from llmft_core.data.batches import SHORTEST, epoch_order, steps_per_epoch
 from llmft_core.data.preview import Speller, trained_tokens
 from llmft_core.data.tables import TokenTable
 from llmft_core.plan import RunPlan
-from llmft_core.views import ContextFit, Histogram, Percentiles, SplitStatistics, TokenCount, Vocabulary
+from llmft_core.views import ContextFit, Histogram, Percentiles, SplitStatistics, TokenCount, Vocabulary, round_numbers
 
 CONTEXTS = (512, 1024, 2048, 4096)
 """Tokens: context lengths that are compared besides the plan's."""
@@ -60,14 +59,10 @@ def percentiles(values: Lengths) -> Percentiles:
 def histogram(lengths: Lengths) -> Histogram:
     """At most 40 bins that begin at multiples of a round step: 1, 2 or 5 times a power of ten."""
     least, most = int(lengths.min()), int(lengths.max())
-    step = next(step for step in _round_steps() if most // step - least // step < MOST_BINS)
+    step = next(step for step in round_numbers() if most // step - least // step < MOST_BINS)
     first = least // step
     counts = np.bincount(lengths // step - first)
     return Histogram(first * step, step, tuple(int(count) for count in counts))
-
-
-def _round_steps() -> Sequence[int]:
-    return [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
 
 
 def context_fit(lengths: Lengths, context: int, seed: int, global_batch: int, micro_batch: int) -> ContextFit:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llmft_core.report import words
 from llmft_core.report.page import escaped
-from llmft_core.views import Histogram
+from llmft_core.views import Histogram, round_numbers
 
 BLOCKS = " ▏▎▍▌▋▊▉"
 WIDTH, HEIGHT = 720, 300
@@ -14,9 +14,9 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 16, 30, 54
 """Margins of the picture, in its units."""
 
 STYLE = """
-svg.histogram { --ink: #1c1d1f; --quiet: #62666d; --line: #d9dbde; --bar: #3b72b8; --mark: #b3261e;
+svg.histogram { --quiet: #62666d; --line: #d9dbde; --bar: #3b72b8; --mark: #b3261e;
   font: 13px system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) { svg.histogram { --ink: #e4e6e9; --quiet: #9aa0a8; --line: #34383d;
+@media (prefers-color-scheme: dark) { svg.histogram { --quiet: #9aa0a8; --line: #34383d;
   --bar: #6ea5ea; --mark: #ff8a80; } }
 @media (max-width: 36rem) { svg.histogram { font-size: 20px; } }
 svg.histogram text { fill: var(--quiet); font-variant-numeric: tabular-nums; }
@@ -98,6 +98,5 @@ def ticks(first: int, last: int, most: int) -> list[int]:
     >>> ticks(0, 730, 5)
     [0, 200, 400, 600]
     """
-    steps = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
-    step = next(step for step in steps if (last - first) / step <= most)
+    step = next(step for step in round_numbers() if (last - first) / step <= most)
     return list(range(-(-first // step) * step, last + 1, step))

@@ -10,11 +10,11 @@ COLOURS = """
 :root { color-scheme: light dark;
   --page: #fbfbfa; --ink: #1c1d1f; --quiet: #62666d; --line: #d9dbde; --card: #ffffff;
   --trained: #d7f0df; --trained-line: #19783f; --special: #ece1fa; --special-ink: #6a2fb0;
-  --part: #fbe9c6; --part-ink: #7a5200; --bar: #3b72b8; --mark: #b3261e; --padding: #e6e7e9; --untrained: #a9b4c2; }
+  --part: #fbe9c6; --part-ink: #7a5200; --mark: #b3261e; --padding: #e6e7e9; --untrained: #a9b4c2; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #16181b; --ink: #e4e6e9; --quiet: #9aa0a8; --line: #34383d; --card: #1d2024;
   --trained: #17402a; --trained-line: #5fd08c; --special: #3a2859; --special-ink: #d2b3ff;
-  --part: #4a3a12; --part-ink: #f0cd7c; --bar: #6ea5ea; --mark: #ff8a80; --padding: #2d3136; --untrained: #66717f; } }
+  --part: #4a3a12; --part-ink: #f0cd7c; --mark: #ff8a80; --padding: #2d3136; --untrained: #66717f; } }
 """
 
 LAYOUT = """

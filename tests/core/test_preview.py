@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -310,6 +312,7 @@ def test_the_command_shows_rows_and_writes_a_page(folder: Path, capsys: pytest.C
         (["--row", "9"], "--row 9: there are rows 1 to 2 in train.jsonl"),
         (["--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder nowhere"),
         (["--html", "."], "--html .: is a folder"),
+        (["--html", "/proc/page.html"], "--html /proc/page.html: cannot be written (No such file or directory)"),
         (["--row-s", "9"], "--row-s: no such flag"),
         (["--global-batch", "10", "--micro-batch", "3"], "--global-batch 10 cannot be shared"),
         (["--dataset.train", "no.jsonl"], "no.jsonl"),
@@ -323,6 +326,16 @@ def test_wrong_flags_are_one_line(
     assert len(lines) == 1, lines
     assert lines[0].startswith("llmft: error: ")
     assert said in lines[0]
+
+
+def test_no_cluster_is_asked(folder: Path) -> None:
+    script = (
+        "import sys; from llmft_core.cli.main import main; "
+        f"code = main({['dataset', 'preview', *FLAGS]!r}); "
+        "print([code, [name for name in ('ray', 'deepspeed') if name in sys.modules]])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[0, []]"
 
 
 def test_help_lists_own_flags_and_those_of_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
