@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.catalog import Catalog
-from llmft_core.errors import Problem, Problems
+from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions, family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
 from llmft_core.values import Device, Placement
@@ -46,7 +46,7 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
             )
         )
         share = max(1, share)
-    micro_batch = plan.micro_batch or max(d for d in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % d == 0)
+    micro_batch = plan.micro_batch or default_micro_batch(share)
     if not rest and share % micro_batch:
         problems.append(
             Problem(
@@ -79,6 +79,26 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     if problems:
         raise Problems(problems)
     return placed, placement
+
+
+def default_micro_batch(share: int) -> int:
+    """Rows of a forward pass where the plan does not say: the largest of at most 8 that divides a worker's share."""
+    return max(d for d in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % d == 0)
+
+
+def likely_micro_batch(plan: RunPlan) -> int:
+    """The micro-batch as far as the plan alone says it: for one worker where their number is open. Raises InputError
+    where it does not divide the global batch."""
+    workers = max(1, plan.workers or 1)
+    share, rest = divmod(plan.global_batch, workers)
+    micro_batch = plan.micro_batch or (default_micro_batch(share) if share else 1)
+    if rest or share % micro_batch:
+        count = "1 worker" if workers == 1 else f"{workers} workers"
+        raise InputError(
+            f"--global-batch {plan.global_batch} cannot be shared by {count} in micro-batches of {micro_batch}: "
+            "choose another --global-batch or --micro-batch"
+        )
+    return micro_batch
 
 
 def _default_strategy(catalog: Catalog, device: Device, world_size: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ PROG = "llmft dataset"
 ACTIONS: dict[str, str] = {
     "create": "a dataset with tags as train.jsonl, test.jsonl and tokens.json of chat-tags",
     "check": "every row that cannot be used, by file and line, and what looks wrong in the others",
+    "preview": "rows exactly as the model sees them, token by token",
+    "stats": "lengths, padding and vocabulary, to choose context length and packing by",
 }  # action → what it does
 
 

@@ -1,0 +1,155 @@
+"""Rows of a token table as people read them: which token writes which text, and which of them are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmft_core.data.batches import NO_ROW, SHORTEST, arrange, epoch_order, step_rows
+from llmft_core.data.report import SplitReport
+from llmft_core.data.tables import TokenTable
+from llmft_core.errors import InputError
+from llmft_core.values import IGNORED_LABEL
+from llmft_core.views import BatchView, Pick, Piece, RowView, Run
+
+INCOMPLETE = "\ufffd"
+"""What a decoder writes for bytes that are no whole character."""
+
+
+class Speller:
+    """What each token of a tokenizer writes.
+
+    Every tokenizer's own decoder is asked, behind a special token: so the first word keeps the space that decoders
+    take from the start of a text, and no decoder's rules are known here.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a fast one of transformers with an eos token, as `load_tokenizer` returns it."""
+        self.backend = tokenizer.backend_tokenizer
+        self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._anchor = int(tokenizer.eos_token_id)
+        self._before = len(self.backend.decode([self._anchor], skip_special_tokens=False))
+        self._texts: dict[int, str] = {}
+
+    def text(self, index: int) -> str:
+        """What one token writes; holds INCOMPLETE where it is no whole character."""
+        if index not in self._texts:
+            self._texts[index] = self.name(index) if index in self.special else self._decoded([index])
+        return self._texts[index]
+
+    def name(self, index: int) -> str:
+        """The vocabulary's spelling."""
+        return self.backend.id_to_token(index) or f"[{index}]"
+
+    def texts(self, ids: Sequence[int]) -> Iterator[str]:
+        """What each token of a row adds to its text. A character of several tokens is written by the last of them."""
+        waiting: list[int] = []  # tokens that together are no whole character yet
+        for index in ids:
+            alone = self.text(index)
+            if INCOMPLETE not in alone:
+                waiting.clear()
+                yield alone
+                continue
+            waiting.append(index)
+            together = self._decoded(waiting)
+            if INCOMPLETE in together:
+                yield ""
+            else:
+                waiting.clear()
+                yield together
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self.backend.decode([self._anchor, *ids], skip_special_tokens=False)
+        return text[self._before :]
+
+
+def row_view(table: TokenTable, row: int, speller: Speller) -> RowView:
+    """A row of a table, counted from 0."""
+    ids, labels = table.row(row)
+    trained = labels != IGNORED_LABEL
+    trained[0] = False  # a label that the loss never sees
+    numbers = [int(index) for index in ids]
+    pieces = tuple(
+        Piece(index, text, speller.name(index), bool(counts), index in speller.special)
+        for index, text, counts in zip(numbers, speller.texts(numbers), trained, strict=True)
+    )
+    return RowView(row + 1, str(table.origin(row)), pieces)
+
+
+def picked_rows(table: TokenTable, pick: Pick, count: int, seed: int) -> list[int]:
+    """At most `count` rows, from 0: the first, the longest and so on. Equals keep their order."""
+    if pick == "first":
+        return list(range(min(count, len(table))))
+    if pick == "random":
+        return [int(row) for row in np.random.default_rng(seed).permutation(len(table))[:count]]
+    if pick == "least-trained":
+        order = np.argsort(trained_tokens(table) / np.diff(table.offsets), kind="stable")
+    else:
+        sign = -1 if pick == "longest" else 1
+        order = np.argsort(sign * np.diff(table.offsets), kind="stable")
+    return [int(row) for row in order[:count]]
+
+
+def trained_tokens(table: TokenTable) -> npt.NDArray[np.int64]:
+    """Trained tokens of every row (rows,), after the shift."""
+    begins = table.offsets[:-1]
+    sums: npt.NDArray[np.int64] = np.add.reduceat(table.trained, begins, dtype=np.int64)
+    return sums - table.trained[begins]
+
+
+def find_row(table: TokenTable, wanted: str, report: SplitReport) -> int:
+    """The row, from 0, that `N` (counted from 1) or `FILE:LINE` names; FILE may be the end of the path. Raises
+    InputError where there is none."""
+    name, colon, line = wanted.rpartition(":")
+    if not (line.isascii() and line.isdigit()) or (colon and not name):
+        raise InputError(f"--row {wanted}: give FILE:LINE, or the number of a row, 1 to {len(table)}")
+    number = int(line)
+    if not name:
+        if not 1 <= number <= len(table):
+            raise InputError(f"--row {wanted}: there are rows 1 to {len(table)} in {report.source}")
+        return number - 1
+    found = [int(row) for row in np.flatnonzero(table.lines == number)]
+    found = [row for row in found if _is_named(table.origin(row).source, name)]
+    if len(found) > 1:
+        both = " and ".join(str(table.origin(row)) for row in found[:2])
+        raise InputError(f"--row {wanted}: is {both}: give more of the path")
+    if found:
+        return found[0]
+    sources = sorted({table.origin(0).source, table.origin(len(table) - 1).source})
+    if not any(_is_named(source, name) for source in sources):
+        raise InputError(f"--row {wanted}: no rows come from {name}; they come from {' and '.join(sources)}")
+    lost = next((origin for origin in report.dropped_origins if origin.endswith(wanted)), "")
+    if lost:
+        raise InputError(f"--row {wanted}: is longer than the context and was dropped: raise --context-length")
+    nearest = table.origin(int(np.argmin(np.abs(table.lines.astype(np.int64) - number))))
+    raise InputError(
+        f"--row {wanted}: no row came from that line: it is empty, beyond the end, or was left out; the nearest is "
+        f"{nearest}"
+    )
+
+
+def _is_named(source: str, name: str) -> bool:
+    return source == name or source.endswith(f"/{name}")
+
+
+def batch_view(table: TokenTable, seed: int, global_batch: int, micro_batch: int) -> BatchView:
+    """The first micro-batch of the first step of the first epoch."""
+    order = epoch_order(len(table), seed, 0)
+    rows = arrange(table, step_rows(order, 0, global_batch), micro_batch)[0]
+    width = max([SHORTEST, *(table.length(int(row)) for row in rows if row != NO_ROW)])
+    return BatchView(width, tuple(_layout(table, int(row), width) for row in rows))
+
+
+def _layout(table: TokenTable, row: int, width: int) -> tuple[str, tuple[Run, ...]]:
+    if row == NO_ROW:
+        return "no row", (Run("padding", width),)
+    _, labels = table.row(row)
+    counts = labels != IGNORED_LABEL
+    counts[0] = False
+    runs = [Run("trained" if trained else "untrained", len(list(group))) for trained, group in groupby(counts.tolist())]
+    rest = width - len(labels)
+    return str(table.origin(row)), (*runs, *([Run("padding", rest)] if rest else []))
