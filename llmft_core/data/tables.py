@@ -55,6 +55,11 @@ class TokenTable:
         return Origin(self.source, int(self.lines[index]))
 
     @cached_property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens (rows,) of each row."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    @cached_property
     def total_tokens(self) -> int:
         """Tokens of all rows."""
         return int(self.offsets[-1])

@@ -1,0 +1,128 @@
+"""In which order samples are trained: a pure function of the seed and the epoch, whatever the number of workers.
+
+A sample is a row of the token table. A row of a batch holds one sample, or several that are packed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llmft_core.data.packing import best_fit, deal, lay_out
+from llmft_core.plan import RunPlan
+
+if TYPE_CHECKING:
+    from llmft_core.data.prepare import PreparedData, TokenTable
+
+Row = npt.NDArray[np.int32]
+"""The samples (n,) of one row of a batch; none where a global batch is filled up at the end of an epoch."""
+
+LARGEST_DENOMINATOR = 1_000_000
+"""Weights are taken as fractions with at most this denominator: 0.3 means 3/10, not the nearest binary number."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The samples of one epoch in the order in which they are trained: row r of it is
+    `samples[bounds[r]:bounds[r + 1]]`. `samples` is (samples,) int32, `bounds` (rows + 1,) int64."""
+
+    samples: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def step(self, number: int, global_batch: int) -> list[Row]:
+        """The rows of an optimizer step of the epoch, filled up with empty ones to a whole global batch."""
+        bounds = self.bounds[number * global_batch : (number + 1) * global_batch + 1]
+        rows = np.split(self.samples[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
+        return rows + [self.samples[:0]] * (global_batch - len(rows))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Where each sample comes from, `source_of_row` (samples,), and how often an epoch passes over each source."""
+
+    source_of_row: npt.NDArray[np.integer]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of all epochs of one split. `lengths` (samples,) is in tokens; `capacity` is that of a packed row in
+    tokens, 0 where nothing is packed; `mix` is None where there is one source that is seen once an epoch."""
+
+    lengths: npt.NDArray[np.int32]
+    seed: int
+    capacity: int
+    mix: Mix | None = None
+
+    @classmethod
+    def of(cls, table: TokenTable, plan: RunPlan, mix: Mix | None = None) -> Order:
+        """The order in which a plan goes through a table."""
+        return cls(table.lengths, plan.seed, plan.context_length if plan.data.packing == "best-fit" else 0, mix)
+
+    @property
+    def always_alike(self) -> bool:
+        """Whether each epoch has the same samples, in another order."""
+        return self.mix is None or all(float(weight).is_integer() for weight in self.mix.weights)
+
+    def epoch(self, number: int) -> Epoch:
+        """Epoch `number`, counted from 0: each of its samples once, dealt to rows and shuffled anew."""
+        random = np.random.default_rng([self.seed, number])
+        samples = self._samples(number)
+        if not self.capacity:
+            return Epoch(random.permutation(samples), np.arange(len(samples) + 1))
+        lengths = self.lengths[samples]
+        dealt, bounds = deal(lengths, lay_out(best_fit(np.bincount(lengths), self.capacity)), random)
+        return Epoch(samples[dealt], bounds)
+
+    def rows(self, number: int) -> int:
+        """Rows of an epoch."""
+        if not self.capacity and self.mix is None:
+            return len(self.lengths)
+        samples = self._samples(number)
+        return packed_rows(self.lengths[samples], self.capacity) if self.capacity else len(samples)
+
+    def _samples(self, number: int) -> npt.NDArray[np.int32]:
+        if self.mix is None:
+            return np.arange(len(self.lengths), dtype=np.int32)
+        return epoch_rows(self.mix.source_of_row, self.mix.weights, self.seed, number).astype(np.int32)
+
+
+def mix_of(data: PreparedData) -> Mix | None:
+    """The mix of the training rows. Tables have no sources yet: all rows are of one, and are seen once an epoch."""
+    return None
+
+
+def epoch_rows(
+    source_of_row: npt.NDArray[np.integer], weights: Sequence[float], seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """The table rows of an epoch, where `weights[s]` is how many passes over source s an epoch makes.
+
+    A whole pass has each row of the source once. The rest, a fraction of a pass, goes on where the epoch before ended
+    in a shuffled round of the source; with 0.5 an epoch has one half and the next epoch the other. So at the end of
+    any epoch two rows of a source have been seen equally often, or one of them once more.
+    """
+    found = []
+    for source, weight in enumerate(weights):
+        rows = np.flatnonzero(source_of_row == source)
+        passes, part = divmod(Fraction(weight).limit_denominator(LARGEST_DENOMINATOR), 1)
+        found.append(np.repeat(rows, passes))
+        at, end = (int(number * part * len(rows)) for number in (epoch, epoch + 1))
+        while at < end:
+            round_, start = divmod(at, len(rows))
+            shuffled = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(source, round_))).permutation(rows)
+            found.append(shuffled[start : start + end - at])
+            at += len(found[-1])
+    return np.concatenate(found)
+
+
+def packed_rows(lengths: npt.NDArray[np.int32], capacity: int) -> int:
+    """Rows of `capacity` tokens into which samples of these lengths (samples,) are packed."""
+    return sum(rows.count for rows in best_fit(np.bincount(lengths), capacity))
