@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.order import Epoch, Row
+from llmft_core.data.order import Rows
 from llmft_core.plan import RunPlan
 from llmft_core.values import IGNORED_LABEL, Placement
 
@@ -54,32 +54,24 @@ def steps_of(rows: int, global_batch: int, *, drop_last: bool) -> int:
     return rows // global_batch if drop_last else -(-rows // global_batch)
 
 
-def row_lengths(lengths: npt.NDArray[np.int32], epoch: Epoch) -> npt.NDArray[np.int64]:
-    """Tokens (rows,) of an epoch's rows, from those of the table's rows."""
-    ends = np.concatenate([[0], np.cumsum(lengths[epoch.samples], dtype=np.int64)])
-    return np.diff(ends[epoch.bounds])
-
-
-def arrange(table: TokenTable, rows: Sequence[Row], micro_batch: int) -> list[list[Row]]:
-    """The micro-batches of one global batch, rows of like length together, the longest first.
+def arrange(table: TokenTable, rows: Rows, micro_batch: int) -> npt.NDArray[np.int64]:
+    """The micro-batches of a global batch as numbers of its rows, (count, micro_batch): rows of like length together,
+    the longest first.
 
     Neighbours in length waste little padding, ranks that take every W-th micro-batch are done at the same time, and
     what is too large for the memory fails in the first forward pass. The gradient is a sum over all rows, so the
     order within a step does not change it.
     """
-    samples, sizes = np.concatenate(rows), [len(row) for row in rows]
-    row_of_sample = np.repeat(np.arange(len(rows)), sizes)
-    lengths = np.bincount(row_of_sample, weights=table.lengths[samples], minlength=len(rows))
-    order = np.argsort(-lengths, kind="stable").tolist()
-    return [[rows[row] for row in order[start : start + micro_batch]] for start in range(0, len(rows), micro_batch)]
+    return np.argsort(-rows.lengths(table.lengths), kind="stable").reshape(-1, micro_batch)
 
 
-def collate(table: TokenTable, rows: Sequence[Row], index: int, form: Form) -> MicroBatch:
-    """Rows of samples → one micro-batch. All tokens are copied at once, by their places there and here."""
-    samples = np.concatenate(rows)
+def collate(table: TokenTable, rows: Rows, numbers: npt.NDArray[np.int64], index: int, form: Form) -> MicroBatch:
+    """Some rows of a global batch → one micro-batch. All tokens are copied at once, by their places there and here."""
+    found = [rows.samples[rows.bounds[number] : rows.bounds[number + 1]] for number in numbers]
+    samples = np.concatenate(found)
+    row_of_sample = np.repeat(np.arange(len(found)), [len(row) for row in found])
     lengths = table.lengths[samples].astype(np.int64)
-    row_of_sample = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    used = np.bincount(row_of_sample, weights=lengths, minlength=len(rows)).astype(np.int64)  # tokens of each row
+    used = np.bincount(row_of_sample, weights=lengths, minlength=len(found)).astype(np.int64)  # tokens of each row
     width = max(form.width, int(used.max()))
     begins = np.cumsum(lengths) - lengths  # of each sample, where all of them lie behind one another
     in_row = begins - (np.cumsum(used) - used)[row_of_sample]
@@ -87,8 +79,8 @@ def collate(table: TokenTable, rows: Sequence[Row], index: int, form: Form) -> M
     there = np.repeat(table.offsets[samples], lengths) + positions
     here = np.repeat(row_of_sample * width + in_row, lengths) + positions
 
-    input_ids = np.full((len(rows), width), form.pad_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED_LABEL, dtype=np.int64)
+    input_ids = np.full((len(found), width), form.pad_id, dtype=np.int64)
+    labels = np.full((len(found), width), IGNORED_LABEL, dtype=np.int64)
     ids = table.ids[there]
     trained = (table.trained[there] != 0) & (positions > 0)
     input_ids.flat[here] = ids
@@ -101,25 +93,22 @@ def collate(table: TokenTable, rows: Sequence[Row], index: int, form: Form) -> M
 
 
 def rank_micro_batches(
-    table: TokenTable, rows: Sequence[Row], placement: Placement, rank: int, form: Form
+    table: TokenTable, rows: Rows, placement: Placement, rank: int, form: Form
 ) -> Iterator[MicroBatch]:
     """One rank's share of a global batch: micro-batches rank, rank + W, rank + 2 W, …"""
     micro_batches = arrange(table, rows, placement.micro_batch)
     for index in range(rank, len(micro_batches), placement.world_size):
-        yield collate(table, micro_batches[index], index, form)
+        yield collate(table, rows, micro_batches[index], index, form)
 
 
-def trained_tokens(table: TokenTable, rows: Sequence[Row]) -> int:
+def trained_tokens(table: TokenTable, rows: Rows) -> int:
     """Trained tokens of a global batch after the shift; every rank computes it alone, so no collective is needed."""
-    trained, samples = np.asarray(table.trained), np.concatenate(rows)
-    starts, ends = table.offsets[samples] + 1, table.offsets[samples + 1]
-    spans = zip(starts.tolist(), ends.tolist(), strict=True)
-    return sum(int(np.count_nonzero(trained[start:end])) for start, end in spans)
+    return int(table.trained_counts[rows.samples].sum())
 
 
-def real_tokens(table: TokenTable, rows: Sequence[Row]) -> int:
+def real_tokens(table: TokenTable, rows: Rows) -> int:
     """Tokens of a global batch without padding."""
-    return int(table.lengths[np.concatenate(rows)].sum())
+    return int(table.lengths[rows.samples].sum())
 
 
 def padding_waste(lengths: npt.NDArray[np.int64], global_batch: int, micro_batch: int, width: int) -> float:

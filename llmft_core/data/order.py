@@ -13,35 +13,39 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.packing import best_fit, deal, lay_out
+from llmft_core.data.packing import best_fit, deal
 from llmft_core.plan import RunPlan
 
 if TYPE_CHECKING:
     from llmft_core.data.prepare import PreparedData, TokenTable
-
-Row = npt.NDArray[np.int32]
-"""The samples (n,) of one row of a batch; none where a global batch is filled up at the end of an epoch."""
 
 LARGEST_DENOMINATOR = 1_000_000
 """Weights are taken as fractions with at most this denominator: 0.3 means 3/10, not the nearest binary number."""
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """The samples of one epoch in the order in which they are trained: row r of it is
-    `samples[bounds[r]:bounds[r + 1]]`. `samples` is (samples,) int32, `bounds` (rows + 1,) int64."""
+class Rows:
+    """Rows of batches in the order in which they are trained: those of an epoch, or of a global batch. Row r has the
+    samples `samples[bounds[r]:bounds[r + 1]]`. `samples` is (samples,) int32, `bounds` (rows + 1,) int32."""
 
     samples: npt.NDArray[np.int32]
-    bounds: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def step(self, number: int, global_batch: int) -> list[Row]:
-        """The rows of an optimizer step of the epoch, filled up with empty ones to a whole global batch."""
+    def step(self, number: int, global_batch: int) -> Rows:
+        """The global batch of an optimizer step of this epoch. The last one is filled up with rows without samples, so
+        that every rank has its micro-batches."""
         bounds = self.bounds[number * global_batch : (number + 1) * global_batch + 1]
-        rows = np.split(self.samples[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
-        return rows + [self.samples[:0]] * (global_batch - len(rows))
+        filled = np.full(global_batch + 1, bounds[-1])
+        filled[: len(bounds)] = bounds
+        return Rows(self.samples[bounds[0] : bounds[-1]], filled - bounds[0])
+
+    def lengths(self, of_samples: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Tokens (rows,) of each row, from those of each sample of the table."""
+        ends = np.concatenate([[0], np.cumsum(of_samples[self.samples], dtype=np.int64)])
+        return np.diff(ends[self.bounds])
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,16 @@ class Order:
         """Whether each epoch has the same samples, in another order."""
         return self.mix is None or all(float(weight).is_integer() for weight in self.mix.weights)
 
-    def epoch(self, number: int) -> Epoch:
+    def epoch(self, number: int) -> Rows:
         """Epoch `number`, counted from 0: each of its samples once, dealt to rows and shuffled anew."""
         random = np.random.default_rng([self.seed, number])
         samples = self._samples(number)
         if not self.capacity:
-            return Epoch(random.permutation(samples), np.arange(len(samples) + 1))
-        lengths = self.lengths[samples]
-        dealt, bounds = deal(lengths, lay_out(best_fit(np.bincount(lengths), self.capacity)), random)
-        return Epoch(samples[dealt], bounds)
+            return Rows(random.permutation(samples), np.arange(len(samples) + 1, dtype=np.int32))
+        if self.mix is None:
+            return Rows(*deal(self.lengths, self.capacity, random))
+        dealt, bounds = deal(self.lengths[samples], self.capacity, random)
+        return Rows(samples[dealt], bounds)
 
     def rows(self, number: int) -> int:
         """Rows of an epoch."""
@@ -125,4 +130,4 @@ def epoch_rows(
 
 def packed_rows(lengths: npt.NDArray[np.int32], capacity: int) -> int:
     """Rows of `capacity` tokens into which samples of these lengths (samples,) are packed."""
-    return sum(rows.count for rows in best_fit(np.bincount(lengths), capacity))
+    return sum(kind.count for kind in best_fit(np.bincount(lengths), capacity))

@@ -14,23 +14,14 @@ import numpy.typing as npt
 
 
 @dataclass
-class Rows:
-    """Packed rows of one kind: `count` rows, each of which holds samples of these `lengths`."""
+class Kind:
+    """A kind of packed rows: there are `count` of them, and each holds samples of these `lengths`, in tokens."""
 
     lengths: tuple[int, ...]
     count: int
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Packed rows made of slots: row r has the slots [bounds[r], bounds[r + 1]). `slots` (samples,) int32 is the length
-    of the sample that fits into each, in tokens; `bounds` is (rows + 1,) int64. Which sample it is, is dealt later."""
-
-    slots: npt.NDArray[np.int32]
-    bounds: npt.NDArray[np.int64]
-
-
-def best_fit(counts: npt.NDArray[np.int64], capacity: int) -> list[Rows]:
+def best_fit(counts: npt.NDArray[np.int64], capacity: int) -> list[Kind]:
     """Pack `counts[n]` samples of n tokens each into rows of `capacity` tokens.
 
     The longest come first, and each goes into the fullest row that still has room for it. Raises ValueError for a
@@ -39,60 +30,77 @@ def best_fit(counts: npt.NDArray[np.int64], capacity: int) -> list[Rows]:
     lengths = np.flatnonzero(counts)
     if len(lengths) and not 1 <= lengths[0] <= lengths[-1] <= capacity:
         raise ValueError(f"samples of {lengths[0]} to {lengths[-1]} tokens cannot be packed into rows of {capacity}")
-    by_room: dict[int, list[Rows]] = {}  # tokens of room left → rows with so much
+    by_room: dict[int, list[Kind]] = {}  # tokens of room left → rows with so much
     rooms = 0  # bit n is set where by_room has n, so that the least room which suffices is one shift away
-    full: list[Rows] = []
+    full: list[Kind] = []
     for length in map(int, lengths[::-1]):
         left = int(counts[length])
         while left:
             fitting = rooms >> length
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
-                rows = by_room[room][-1]
+                kind = by_room[room][-1]
             else:
-                room, rows = capacity, Rows((), left)  # new rows, more than can be needed
+                room, kind = capacity, Kind((), left)  # new rows, more than can be needed
             copies = min(room // length, left)  # what is left of the fullest row is less still: it takes the next too
-            taken = min(rows.count, left // copies)
+            taken = min(kind.count, left // copies)
             left -= copies * taken
-            rows.count -= taken
-            if fitting and not rows.count:
+            kind.count -= taken
+            if fitting and not kind.count:
                 by_room[room].pop()
                 if not by_room[room]:
                     del by_room[room]
                     rooms &= ~(1 << room)
-            filled, room = Rows(rows.lengths + (length,) * copies, taken), room - copies * length
+            filled, room = Kind(kind.lengths + (length,) * copies, taken), room - copies * length
             if room:
                 by_room.setdefault(room, []).append(filled)
                 rooms |= 1 << room
             else:
                 full.append(filled)
-    return full + [rows for room in sorted(by_room) for rows in by_room[room]]
-
-
-def lay_out(packed: list[Rows]) -> Packing:
-    """The rows one by one."""
-    if not packed:
-        return Packing(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
-    slots = np.concatenate([np.tile(np.array(rows.lengths, dtype=np.int32), rows.count) for rows in packed])
-    sizes = np.repeat([len(rows.lengths) for rows in packed], [rows.count for rows in packed])
-    return Packing(slots, np.concatenate([[0], np.cumsum(sizes)]))
+    return full + [kind for room in sorted(by_room) for kind in by_room[room]]
 
 
 def deal(
-    lengths: npt.NDArray[np.int32], packing: Packing, random: np.random.Generator
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Deal samples of `lengths` (samples,) at random to the slots of their length, and shuffle the rows.
+    lengths: npt.NDArray[np.int32], capacity: int, random: np.random.Generator
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Pack samples of `lengths` (samples,) into rows of `capacity` tokens: at random among those of their length, and
+    the rows in a random order.
 
-    Returns which sample is in each slot (samples,), and the bounds (rows + 1,) of the rows. Every sample is dealt once;
-    samples of one length are exchangeable, so each may meet any other.
+    Returns the samples (samples,), row by row, and where each row begins and ends, (rows + 1,). Every sample is dealt
+    once. Samples of one length are exchangeable, so each may meet any other.
     """
     drawn = random.permutation(np.arange(len(lengths), dtype=np.int32))
     drawn = drawn[np.argsort(lengths[drawn], kind="stable")]  # by length, at random within a length
+    slots, sizes = lay_out(best_fit(np.bincount(lengths), capacity))
     dealt = np.empty_like(drawn)
-    dealt[np.argsort(packing.slots, kind="stable")] = drawn
-    sizes = np.diff(packing.bounds)
-    order = random.permutation(len(sizes))
-    bounds = np.concatenate([[0], np.cumsum(sizes[order])])
-    moved = np.repeat((packing.bounds[order] - bounds[:-1]).astype(np.int32), sizes[order])
-    moved += np.arange(len(lengths), dtype=np.int32)
-    return dealt[moved], bounds
+    dealt[np.argsort(slots, kind="stable")] = drawn
+    del drawn, slots  # these arrays are most of the memory that a run's data takes
+    return shuffle_rows(dealt, sizes, random)
+
+
+def lay_out(kinds: list[Kind]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """The lengths (samples,) that packed rows have room for, row by row, and how many (rows,) each has."""
+    if not kinds:
+        return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32)
+    slots = np.concatenate([np.tile(np.array(kind.lengths, dtype=np.int32), kind.count) for kind in kinds])
+    sizes = np.array([len(kind.lengths) for kind in kinds], dtype=np.int32)
+    return slots, np.repeat(sizes, [kind.count for kind in kinds])
+
+
+def shuffle_rows(
+    samples: npt.NDArray[np.int32], sizes: npt.NDArray[np.int32], random: np.random.Generator
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Rows of `sizes` (rows,) samples in another order: the samples (samples,), and the new bounds (rows + 1,)."""
+    order = random.permutation(np.arange(len(sizes), dtype=np.int32))
+    before = _bounds(sizes)[order]
+    sizes = sizes[order]
+    after = _bounds(sizes)
+    places = np.repeat(before - after[:-1], sizes)  # how far each sample moves
+    places += np.arange(len(samples), dtype=np.int32)
+    return samples[places], after
+
+
+def _bounds(sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    bounds = np.zeros(len(sizes) + 1, dtype=np.int32)
+    np.cumsum(sizes, out=bounds[1:])
+    return bounds

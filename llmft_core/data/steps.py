@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmft_core.data.batches import Form, padding_waste, row_lengths, steps_of
+from llmft_core.data.batches import Form, padding_waste, steps_of
 from llmft_core.data.order import Order, packed_rows
 from llmft_core.errors import InputError
 from llmft_core.plan import RunPlan
@@ -29,7 +29,7 @@ class FirstEpoch:
 def first_epoch(order: Order, plan: RunPlan, placement: Placement) -> FirstEpoch:
     """What the first epoch of the training rows looks like."""
     epoch = order.epoch(0)
-    lengths = row_lengths(order.lengths, epoch)
+    lengths = epoch.lengths(order.lengths)
     kept = len(lengths)
     if plan.data.drop_last:
         kept -= kept % placement.global_batch
@@ -77,21 +77,21 @@ def total_steps(plan: RunPlan, epochs: tuple[int, ...]) -> int:
 def too_few_rows(order: Order, epoch: int, rows: int, placement: Placement, micro_batch: int | None) -> str:
     """What is said where an epoch has fewer rows than one optimizer step takes."""
     wanted = placement.global_batch
-    found, needed = f"{rows} training rows", f"{wanted} rows"
-    samples = len(order.epoch(epoch).samples)
     if order.capacity:
-        found = f"{samples} training rows, packed into {rows} of {order.capacity} tokens,"
-        needed = f"about {math.ceil(wanted * samples / max(1, rows))} rows"
+        samples = len(order.epoch(epoch).samples)
+        takes, there = f"{wanted} packed rows", f"the {rows} of {order.capacity} tokens that {samples} make"
+        more = f"give about {math.ceil(wanted * samples / max(1, rows))} rows or more"
+    else:
+        takes, there, more = f"{wanted} rows", f"the {rows} there are", f"give at least {wanted}"
     if order.mix is not None:
-        found = f"epoch {epoch + 1} of the mix: {found}"
-    way = "or raise the weights of --data.mix"
-    if rows:
-        workers = min(placement.world_size, rows)
-        step = workers * (micro_batch or 1)
-        largest = rows // step * step or rows // workers * workers
-        way = f"or use --global-batch {largest}"
-        if workers < placement.world_size:
-            way += f" with --workers {workers}"
-        if largest % step:
-            way += " and --micro-batch 1"
-    return f"{found} do not fill one optimizer step of {wanted}: give at least {needed}, {way}"
+        there += f" in epoch {epoch + 1} of the mix"
+        more = "raise the weights of --data.mix"
+    text = f"one optimizer step takes {takes}, more than {there}: {more}"
+    if not rows:
+        return text
+    workers = min(placement.world_size, rows)
+    together = workers * (micro_batch or 1)
+    largest = rows // together * together or rows // workers * workers
+    text += f", or use --global-batch {largest}"
+    text += f" --workers {workers}" if workers < placement.world_size else ""
+    return text + (" --micro-batch 1" if largest % together else "")

@@ -157,3 +157,30 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
         train(job, engine, Data, rank, saver, saver.save)  # type: ignore[arg-type]
     engine.finish()
     return recorder.events
+
+
+def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, str]:
+    """What the probe before packed training says of each model; nothing where it lets the training begin."""
+    import torch
+    import torch.distributed as dist
+
+    from llmft_core.catalog import Catalog
+    from llmft_core.errors import LlmftError
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.isolation import check_isolation
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    catalog, answers = Catalog(load_plugins()), {}
+    for kind, folder in folders.items():
+        settings = {"context-length": 20, "data": {"packing": "best-fit"}}
+        job = job_for(strategy, Path(folder), dist.get_world_size(), 2, 1, **settings)
+        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        try:
+            check_isolation(job, engine, torch.device("cpu"))
+            answers[kind] = ""
+        except LlmftError as error:
+            answers[kind] = str(error)
+        engine.finish()
+    return answers
