@@ -135,7 +135,7 @@ def train(mode: str, folder: Path, args: argparse.Namespace) -> None:
     )
     placement = Placement(1, "cpu", "fp32", 1, 1, 1.0)
     model = folder / "model"
-    job = Job(plan, placement, steps, steps, 4096, 0, (), {}, model, Path(), model / "tokenizer")
+    job = Job(plan, placement, steps, (steps,), 4096, 0, (), {}, model, Path(), model / "tokenizer")
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     catalog = Catalog(load_plugins())

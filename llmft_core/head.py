@@ -13,10 +13,15 @@ RANDOM_MODEL = "llama-2-tiny"
 def head(ready: Ready) -> list[tuple[str, str]]:
     """(label, text) lines."""
     plan, placement, job, report = ready.plan, ready.placement, ready.job, ready.data.report
-    train = report.splits["train"]
-    epochs = job.total_steps / job.steps_per_epoch
+    first = ready.first_epoch
     where = {"": "this process", "local": "Ray on this machine"}.get(ready.cluster.address, ready.cluster.address)
     unit = "GPU" if placement.device == "cuda" else "CPU"
+    packed = plan.data.packing != "none"
+    together = f"{first.samples / first.packed_rows:.1f} rows in one"
+    packing = f", {together}" if packed else ""
+    if not packed and first.packed_padding < first.padding:
+        packing = f" (--data.packing best-fit: {words.share(first.packed_padding)}, {together})"
+    left_out = f"; {words.counted(first.left_out, 'row')} of an epoch left out" if first.left_out else ""
     lines = [
         ("run", plan.name),
         (
@@ -34,14 +39,14 @@ def head(ready: Ready) -> list[tuple[str, str]]:
     lines += [
         (
             "batch",
-            f"{words.counted(placement.global_batch, 'row')} = {words.counted(placement.world_size, 'worker')} × "
-            f"{placement.micro_batch} (micro-batch) × "
-            f"{placement.accumulation} (accumulation), {words.share(ready.padding)} padding",
+            f"{words.counted(placement.global_batch, 'packed row' if packed else 'row')} = "
+            f"{words.counted(placement.world_size, 'worker')} × {placement.micro_batch} (micro-batch) × "
+            f"{placement.accumulation} (accumulation), {words.share(first.padding)} padding{packing}{left_out}",
         ),
         (
             "steps",
-            f"{words.counted(job.total_steps, 'optimizer step')} = {epochs:.2f} epochs of "
-            f"{words.counted(job.steps_per_epoch, 'step')}, about {words.count(epochs * train.tokens)} tokens",
+            f"{words.counted(job.total_steps, 'optimizer step')} = {job.epochs:.2f} epochs of "
+            f"{words.counted(job.steps_per_epoch, 'step')}, about {words.count(job.epochs * first.tokens)} tokens",
         ),
         (
             "rate",

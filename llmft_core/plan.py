@@ -96,6 +96,17 @@ class DataOptions(Options):
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the training rows kept for evaluation where there is no test split"
     )
+    packing: Literal["none", "best-fit"] = Field(
+        "none",
+        description="best-fit: rows share a context without seeing each other; a row of the global batch is then a "
+        "packed one",
+    )
+    pad_to_context: bool = Field(
+        False, description="pad every row to the context length, not only to the longest beside it"
+    )
+    drop_last: bool = Field(
+        False, description="leave out the incomplete last batch of an epoch; else it weighs as many tokens as it has"
+    )
 
 
 class CheckpointOptions(Options):
@@ -151,7 +162,9 @@ class RunPlan(Options):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global L2 norm")
-    global_batch: Positive = Field(32, description="rows in one optimizer step, whatever the number of workers")
+    global_batch: Positive = Field(
+        32, description="rows (or packed rows) in one optimizer step, for any number of workers"
+    )
     micro_batch: Positive | None = Field(
         None, description="rows in one forward pass of one worker; default: the largest that fits evenly, at most 8"
     )

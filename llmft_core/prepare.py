@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmft_core.catalog import Catalog
-from llmft_core.data.batches import padding_waste, steps_per_epoch
 from llmft_core.data.chat import chat_template, roles_of, stop_tokens, trained_roles
 from llmft_core.data.chat_template import ChatTemplate
 from llmft_core.data.formats import open_dataset
+from llmft_core.data.order import Order, mix_of
 from llmft_core.data.prepare import PreparedData, prepare
 from llmft_core.data.sources import SplitSource
+from llmft_core.data.steps import FirstEpoch, epoch_steps, first_epoch, total_steps
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat
 from llmft_core.placing import place
@@ -49,8 +49,12 @@ class Ready:
     model: ModelFolder
     size: ModelSize
     job: Job
-    padding: float
-    """Share of computed positions that are padding."""
+    first_epoch: FirstEpoch
+
+    @property
+    def padding(self) -> float:
+        """Share of computed positions that are padding."""
+        return self.first_epoch.padding
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -66,6 +70,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     problems: list[Problem] = []
     cluster = survey(plan, debug=debug)
     placed = _attempt(lambda: place(plan, cluster, catalog), "workers", problems)
+    asked = plan.micro_batch
     plan = placed[0] if placed else plan
     places = Places(catalog, plan.storage, plan.backends)
     problems += storage_problems(plan, places)
@@ -85,17 +90,20 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
         raise Problems(problems)
     model, tokenizer, data = material.model, material.tokenizer, material.data
     size = model.family.size(model.config)
+    placement = placed[1]
+    order = Order.of(data.train, plan, mix_of(data))
+    steps = _attempt(lambda: epoch_steps(order, plan, placement, asked), "global-batch", problems)
+    if steps is None:
+        raise Problems(problems)
     key = hashlib.sha256(f"{material.fingerprint} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / key
     if not folder.is_dir():  # the key says what is in it; another run may be copying from it
         save_tokenizer(tokenizer, folder, tokenizer_folder(model, plan.model.tokenizer, places))
-    placement = placed[1]
-    per_epoch = steps_per_epoch(len(data.train), placement.global_batch)
     job = Job(
         plan=plan,
         placement=placement,
-        total_steps=total_steps(plan, per_epoch),
-        steps_per_epoch=per_epoch,
+        total_steps=total_steps(plan, steps),
+        epoch_steps=steps,
         vocabulary=len(tokenizer),
         pad_id=int(tokenizer.pad_token_id or 0),
         stop_ids=tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in material.stop_tokens),
@@ -104,8 +112,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
         data=data.folder,
         tokenizer=folder,
     )
-    waste = padding_waste(data.train, plan.seed, placement.global_batch, placement.micro_batch)
-    return Ready(plan, placement, cluster, catalog, places, data, model, size, job, waste)
+    return Ready(plan, placement, cluster, catalog, places, data, model, size, job, first_epoch(order, plan, placement))
 
 
 @dataclass(frozen=True)
@@ -198,14 +205,6 @@ def _attempt(action: Callable[[], T], path: str, problems: list[Problem]) -> T |
     except InputError as error:
         problems.append(Problem(path, str(error)))
     return None
-
-
-def total_steps(plan: RunPlan, per_epoch: int) -> int:
-    """Optimizer steps of the run: what --epochs or --max-steps allows, whichever ends first."""
-    if plan.smoke_test:
-        return 1
-    limits = [plan.epochs * per_epoch if plan.epochs else math.inf, plan.max_steps or math.inf]
-    return int(min(limits))
 
 
 def provenance(catalog: Catalog, plan: RunPlan, data: PreparedData, model: str, tokenizer: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from llmft_core.weights.stage import stage_model
 def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
     """Train as the plan says. Raises InputError before anything is started, LlmftError after, Interrupted."""
     ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True))
-    view = LiveView(ready.job.total_steps, ready.job.total_steps / ready.job.steps_per_epoch)
+    view = LiveView(ready.job.total_steps, ready.job.epochs)
     show_head(ready, view)
     view.phase("starting" if ready.cluster.address == "" else "starting workers")
     cluster = ready.cluster
@@ -201,6 +201,7 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.last_loss = metrics["train/loss"]
     outcome.steps = event["step"]
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
+    outcome.data_seconds += metrics["train/data_seconds"]
 
 
 def tracker_list(ready: Ready) -> list[Tracker]:

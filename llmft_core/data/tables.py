@@ -71,6 +71,19 @@ class TokenTable:
         return Origin(self.sources[int(self.files[index])], int(self.lines[index]))
 
     @cached_property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens (rows,) of each row."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    @cached_property
+    def trained_counts(self) -> npt.NDArray[np.int32]:
+        """`trained_tokens` (rows,) of each row."""
+        starts = self.offsets[:-1]  # no row is empty
+        counts: npt.NDArray[np.int32] = np.add.reduceat(self.trained, starts, dtype=np.int32)
+        counts -= self.trained[starts]
+        return counts
+
+    @cached_property
     def total_tokens(self) -> int:
         """Tokens of all rows."""
         return int(self.offsets[-1])

@@ -11,6 +11,8 @@ from typing import Any
 from llmft_core.report import words
 
 ENOUGH_STEPS = 5
+WORTH_TELLING = 0.01
+"""Share of the steps' time that may go into waiting for batches without a word."""
 WHERE = {"name", "root", "bucket", "prefix"}
 """Storage options that a URI already says."""
 
@@ -29,6 +31,8 @@ class Outcome:
     """Seconds for which checkpoints held training."""
     waited: float = 0.0
     """Of them, seconds of waiting until the checkpoint before was published."""
+    data_seconds: float = 0.0
+    """Seconds for which the optimizer steps waited for their batches."""
     step_seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     """Seconds of each optimizer step, by whether a checkpoint was being published meanwhile."""
 
@@ -44,6 +48,9 @@ def summary(outcome: Outcome) -> list[str]:
     lines = ["", f"done: {words.counted(outcome.steps, 'optimizer step')} in {words.duration(outcome.seconds)}"]
     if outcome.first_loss is not None and outcome.last_loss is not None:
         lines.append(f"loss {outcome.first_loss:.4f} → {outcome.last_loss:.4f} nats per trained token")
+    stepping = sum(map(sum, outcome.step_seconds.values()))
+    if outcome.data_seconds > WORTH_TELLING * stepping:
+        lines.append(f"training waited for batches {words.share(outcome.data_seconds / stepping)} of its steps' time")
     lines.append(stall_line(outcome))
     if outcome.best is not None:
         loss = outcome.best["metrics"]["eval/loss"]

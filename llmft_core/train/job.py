@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +21,8 @@ class Job:
     plan: RunPlan
     placement: Placement
     total_steps: int
-    steps_per_epoch: int
+    epoch_steps: tuple[int, ...]
+    """Optimizer steps of each epoch that the run begins; all of them together are at least `total_steps`."""
     vocabulary: int
     """Entries of the tokenizer, added tokens included."""
     pad_id: int
@@ -29,11 +33,32 @@ class Job:
     data: Path
     tokenizer: Path
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch, and of every other one where none has fractions of a source."""
+        return self.epoch_steps[0]
+
+    @property
+    def epochs(self) -> float:
+        """Passes that the run makes: 2.5 ends in the middle of the third."""
+        epoch, step = self.locate(self.total_steps - 1)
+        return epoch + (step + 1) / self.epoch_steps[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Where optimizer step `step` of the run lies: its epoch and its number there, both counted from 0."""
+        epoch = bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.epoch_steps))
+
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
         return {
-            **{name: getattr(self, name) for name in ("total_steps", "steps_per_epoch", "vocabulary", "pad_id")},
+            **{name: getattr(self, name) for name in ("total_steps", "vocabulary", "pad_id")},
             **{name: str(getattr(self, name)) for name in ("model", "data", "tokenizer")},
+            "epoch_steps": list(self.epoch_steps),
             "stop_ids": list(self.stop_ids),
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
@@ -48,6 +73,7 @@ class Job:
                 **data,
                 "plan": RunPlan.from_json(data["plan"]),
                 "placement": Placement(**data["placement"]),
+                "epoch_steps": tuple(data["epoch_steps"]),
                 "stop_ids": tuple(data["stop_ids"]),
                 **{name: Path(data[name]) for name in ("model", "data", "tokenizer")},
             }

@@ -6,18 +6,20 @@ import hashlib
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from llmft_core.data.batches import epoch_order, rank_micro_batches, real_tokens, step_rows, trained_tokens
+from llmft_core.data.batches import Form, MicroBatch, rank_micro_batches, real_tokens, trained_tokens
+from llmft_core.data.order import Order, mix_of
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.train.evaluate import evaluate
+from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
-from llmft_core.train.loss import keeps_logits, loss_sum
+from llmft_core.train.loss import Call, micro_batch_loss
 from llmft_core.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -31,24 +33,26 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
     """Train from the first optimizer step to the last, evaluating and saving where the plan says so."""
     plan, placement = job.plan, job.placement
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
-    keeps = keeps_logits(engine.bare_model)
+    form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
+    if form.packed:
+        check_isolation(job, engine, device)
+    order = Order.of(data.train, plan, mix_of(data))
     latest: dict[str, float] = {}
     for step in range(job.total_steps):
         started = time.perf_counter()
-        epoch, step_of_epoch = divmod(step, job.steps_per_epoch)
+        epoch, step_of_epoch = job.locate(step)
         if step_of_epoch == 0 or step == 0:
-            order = epoch_order(len(data.train), plan.seed, epoch)
-        rows = step_rows(order, step_of_epoch, placement.global_batch)
+            in_order = order.epoch(epoch)
+        rows = in_order.step(step_of_epoch, placement.global_batch)
         tokens = trained_tokens(data.train, rows)  # over all ranks and micro-batches: what the loss is a mean over
         rate = learning_rate(plan, step, job.total_steps)
         engine.set_learning_rate(rate)
 
         loss = torch.zeros((), dtype=torch.float32, device=device)  # this rank's share, nats per trained token
-        for number, batch in enumerate(rank_micro_batches(data.train, rows, placement, rank, job.pad_id)):
+        batches = Waited(rank_micro_batches(data.train, rows, placement, rank, form), since=started)
+        for number, batch in enumerate(batches):
             seed_dropout(plan.seed, step, batch.index)
-            input_ids = torch.from_numpy(batch.input_ids).to(device)  # (B, T) int64
-            labels = torch.from_numpy(batch.labels)
-            share = loss_sum(engine.model, input_ids, labels, keeps=keeps) / tokens
+            share = micro_batch_loss(engine.model, batch, device, call) / tokens
             engine.backward(share, last=number == placement.accumulation - 1)
             loss += share.detach()
         outcome = engine.step()
@@ -63,11 +67,12 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
             "train/tokens_per_second": real_tokens(data.train, rows) / seconds,
             "train/trained_tokens": float(tokens),
             "train/step_seconds": seconds,
+            "train/data_seconds": batches.seconds,
             "train/peak_memory_bytes": float(peak_memory(device)),
             "train/skipped": float(not outcome.applied),
         }
         done = step + 1
-        epoch_ends = step_of_epoch == job.steps_per_epoch - 1
+        epoch_ends = step_of_epoch == job.epoch_steps[epoch] - 1
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
             latest |= evaluate(job, engine, data.test, rank, device)
@@ -75,6 +80,24 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
             save(done, epoch, latest)
+
+
+class Waited:
+    """Micro-batches, and for how many `seconds` the loop waited for them: from `since` until it had the first one, and
+    from its asking for each other one."""
+
+    def __init__(self, batches: Iterator[MicroBatch], since: float) -> None:
+        self._batches = batches
+        self.seconds = time.perf_counter() - since
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        while True:
+            asked = time.perf_counter()
+            batch = next(self._batches, None)
+            self.seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 def is_due(job: Job, done: int, epoch: int, epoch_ends: bool) -> dict[str, bool]:

@@ -27,10 +27,20 @@ def build_model(job: Job, engine: Engine, warn: Warn = lambda text: None) -> tor
     """
     model = load(job.model, engine, warn)
     add_tokens(model, job.vocabulary, engine)
+    if job.plan.data.packing != "none" and flash_attends(model, job):
+        model.set_attn_implementation("flash_attention_2")  # its work grows with the samples, not with the packed row
     if job.plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
+
+
+def flash_attends(model: torch.nn.Module, job: Job) -> bool:
+    """Whether FlashAttention is installed, and does for this model, device and precision."""
+    from transformers.utils import is_flash_attn_2_available
+
+    fits = job.placement.device == "cuda" and job.placement.precision in ("bf16", "fp16")
+    return fits and bool(getattr(model, "_supports_flash_attn", False)) and is_flash_attn_2_available()
 
 
 def load(folder: Path, engine: Engine, warn: Warn) -> torch.nn.Module:

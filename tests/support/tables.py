@@ -6,24 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from llmft_core.data.tables import TokenTable
 
-class ListTable:
-    """What the batches need of a TokenTable, from lists of (ids, labels)."""
+
+class ListTable(TokenTable):
+    """A TokenTable from lists of (ids, labels), in memory."""
 
     def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
-        self.rows = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int64)) for ids, labels in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows[number]
-
-    def length(self, number: int) -> int:
-        return len(self.rows[number][0])
-
-    def trained_tokens(self, number: int) -> int:
-        return int((self.rows[number][1][1:] != -100).sum())
+        self.ids = np.concatenate([np.array(ids, dtype=np.int32) for ids, _ in rows])
+        self.trained = np.concatenate([np.array(labels) != -100 for _, labels in rows]).astype(np.uint8)
+        self.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+        self.lines = np.arange(1, len(rows) + 1, dtype=np.int32)
 
 
 def random_table(rows: int, vocabulary: int, longest: int, seed: int = 0) -> ListTable:

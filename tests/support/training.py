@@ -7,11 +7,14 @@ from typing import Any
 
 from tables import random_table
 
+from llmft_core.data.order import Order
+from llmft_core.data.steps import epoch_steps
 from llmft_core.plan import RunPlan
 from llmft_core.train.job import Job
 from llmft_core.values import Placement
 
 STEPS = 5
+TRAIN = random_table(14, 101, 20)  # no multiple of the global batch: the tail is trained with its true weight
 
 
 class Recorder:
@@ -33,13 +36,13 @@ def job_for(strategy: str, folder: Path, world_size: int, micro_batch: int, accu
             "warmup-steps": 2,
             "precision": precision,
             "global-batch": world_size * micro_batch * accumulation,
+            "max-steps": STEPS,
             **settings,
         }
     )
     placement = Placement(world_size, "cpu", precision, micro_batch, accumulation, plan.max_grad_norm)
-    rows = 14  # not a multiple of the global batch: the tail is trained with its true weight
-    per_epoch = -(-rows // placement.global_batch)
-    return Job(plan, placement, STEPS, per_epoch, 101, 0, (), {}, folder, Path(), Path())
+    steps = epoch_steps(Order.of(TRAIN, plan), plan, placement, None)
+    return Job(plan, placement, STEPS, steps, 101, 0, (), {}, folder, Path(), Path())
 
 
 def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, int, int]], settings: dict) -> Any:
@@ -53,7 +56,7 @@ def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, i
     from llmft_core.train.optimizer import optimizer_maker
 
     class Data:
-        train = random_table(14, 101, 20)
+        train = TRAIN
         test = random_table(5, 101, 20, seed=1)
 
     catalog = Catalog(load_plugins())
@@ -108,7 +111,7 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
         {"strategy": strategy, "lr": 1e-2, "precision": precision, "global-batch": 8, "checkpoint": {"dtype": dtype}}
     )
     tokenizer = Path(base) / "tokenizer"
-    job = Job(plan, placement, 2, 1, VOCABULARY, 0, (), {}, Path(base), Path(), tokenizer)
+    job = Job(plan, placement, 2, (1, 1), VOCABULARY, 0, (), {}, Path(base), Path(), tokenizer)
     engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
     train(job, engine, Data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
@@ -145,7 +148,7 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
     module.has_room = lambda size: room
     plan = RunPlan.from_json({"strategy": "zero-3", "lr": 1e-2, "precision": "fp32", "global-batch": 8, "name": "x"})
     placement = Placement(2, "cpu", "fp32", 2, 2, 1.0)
-    job = Job(plan, placement, 1, 1, VOCABULARY, 0, (), {}, Path(base), Path(), Path(base) / "tokenizer")
+    job = Job(plan, placement, 1, (1,), VOCABULARY, 0, (), {}, Path(base), Path(), Path(base) / "tokenizer")
     catalog = Catalog(load_plugins())
     engine = catalog.create("strategy", {"name": "zero-3"}).engine(placement, rank)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
@@ -154,3 +157,30 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
         train(job, engine, Data, rank, saver, saver.save)  # type: ignore[arg-type]
     engine.finish()
     return recorder.events
+
+
+def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, str]:
+    """What the probe before packed training says of each model; nothing where it lets the training begin."""
+    import torch
+    import torch.distributed as dist
+
+    from llmft_core.catalog import Catalog
+    from llmft_core.errors import LlmftError
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.isolation import check_isolation
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    catalog, answers = Catalog(load_plugins()), {}
+    for kind, folder in folders.items():
+        settings = {"context-length": 20, "data": {"packing": "best-fit"}}
+        job = job_for(strategy, Path(folder), dist.get_world_size(), 2, 1, **settings)
+        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        try:
+            check_isolation(job, engine, torch.device("cpu"))
+            answers[kind] = ""
+        except LlmftError as error:
+            answers[kind] = str(error)
+        engine.finish()
+    return answers

@@ -1,0 +1,133 @@
+"""Training on packed rows: each sample's loss and gradient are what they are alone, and no sample sees another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+from tables import ListTable, random_table, tiny_llama
+from training import isolation, train_rank
+
+from llmft_core.data.batches import Form, MicroBatch, collate
+from llmft_core.data.order import Order, Rows
+
+VOCABULARY, CONTEXT = 97, 40
+PACKED = {"context-length": 20, "data": {"packing": "best-fit"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model"), VOCABULARY)
+
+
+def gpt2() -> Any:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT)
+    ).eval()
+
+
+def llama(folder: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+def loss_and_gradients(model: Any, batches: list[MicroBatch], flat: bool) -> tuple[float, dict[str, Any]]:
+    import torch
+
+    from llmft_core.train.loss import Call, micro_batch_loss
+
+    model.zero_grad()
+    call = Call(Call.of(model).keeps, flat)
+    loss = sum(micro_batch_loss(model, batch, torch.device("cpu"), call) for batch in batches)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def packed_and_alone(table: ListTable) -> tuple[MicroBatch, list[MicroBatch]]:
+    """All samples in one micro-batch of packed rows, and each in a micro-batch of its own."""
+    epoch = Order(table.lengths, 0, CONTEXT).epoch(0)
+    filled = epoch.step(0, len(epoch) + 1)  # one row is nothing but padding
+    packed = collate(table, filled, np.arange(len(filled)), 0, Form(0, packed=True))
+    unpacked = Order(table.lengths, 0, capacity=0).epoch(0)
+    alone = [collate(table, unpacked, np.array([number]), 0, Form(0, packed=False)) for number in range(len(table))]
+    return packed, alone
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_packed_loss_and_gradients_are_the_sum_of_those_of_each_sample(kind: str, flat: bool, folder: Path) -> None:
+    model = llama(folder) if kind == "llama" else gpt2()
+    packed, alone = packed_and_alone(random_table(12, VOCABULARY, 19))
+    assert len(packed.input_ids) < 8
+    loss, gradients = loss_and_gradients(model, [packed], flat)
+    expected_loss, expected = loss_and_gradients(model, alone, flat=False)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (gradients[name] - gradient).abs().max()
+        assert float(difference) <= 1e-5 * float(gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_another_first_sample_changes_nothing_for_the_next_one(kind: str, folder: Path) -> None:
+    import torch
+
+    model = llama(folder) if kind == "llama" else gpt2()
+    random = np.random.default_rng(0)
+    first, other, second = (random.integers(3, VOCABULARY, 15).tolist() for _ in range(3))
+    logits = []
+    for before in (first, other):
+        table = ListTable([(before, before), (second, second)])
+        row = Rows(np.array([0, 1], dtype=np.int32), np.array([0, 2], dtype=np.int32))
+        batch = collate(table, row, np.array([0]), 0, Form(0, packed=True))
+        inputs = {"input_ids": torch.from_numpy(batch.input_ids), "position_ids": torch.from_numpy(batch.position_ids)}
+        with torch.no_grad():
+            logits.append(model(**inputs, use_cache=False).logits)
+    assert torch.equal(logits[0][:, 15:], logits[1][:, 15:])
+    assert not torch.allclose(logits[0][:, :15], logits[1][:, :15], atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return on_ranks(1, train_rank, "ddp", str(folder), [(1, 4, 1)], dict(PACKED))[0][0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero-3"])
+def test_packed_rows_give_the_same_curve_on_any_number_of_ranks(strategy: str, folder: Path, reference: Any) -> None:
+    alone = on_ranks(1, train_rank, strategy, str(folder), [(1, 2, 2)], dict(PACKED))[0]
+    together = on_ranks(2, train_rank, strategy, str(folder), [(2, 1, 2)], dict(PACKED))[0]
+    for other in (*alone, *together):
+        assert other["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert other["eval"] == pytest.approx(reference["eval"], rel=1e-5)
+    assert len(set(reference["loss"])) == 5
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 1), ("zero-3", 2)])
+def test_models_that_let_samples_see_each_other_are_refused_on_every_rank(
+    strategy: str, ranks: int, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "num_hidden_layers": 2, "n_head": 4}
+    for kind in ("bloom", "mamba"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        model.save_pretrained(tmp_path / kind)
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    tiny_llama(tmp_path / "llama", VOCABULARY)
+    kinds = ("llama", "gpt2", "bloom", "mamba")
+    answers = on_ranks(ranks, isolation, strategy, {kind: str(tmp_path / kind) for kind in kinds})
+    assert answers == [answers[0]] * ranks
+    assert answers[0]["llama"] == answers[0]["gpt2"] == ""
+    for kind, name in (("bloom", "BloomForCausalLM"), ("mamba", "MambaForCausalLM")):
+        assert answers[0][kind].startswith(f"{name} lets packed samples see each other (what lies before a sample")
+        assert answers[0][kind].endswith("%): use --data.packing none")
