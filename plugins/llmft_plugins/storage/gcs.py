@@ -7,16 +7,20 @@ import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmft_core import InputError, Options, Problem, Problems, StorageBackend, hookimpl
+from llmft_core import InputError, Options, Problem, Problems, RangedReads, StorageBackend, VerifiedUploads, hookimpl
+
+if TYPE_CHECKING:
+    from llmft_plugins.storage.gcs_objects import GcsObjects
 
 llmft_api = 1
 
 CONNECT_TIMEOUT = 10  # seconds
 REQUEST_TIMEOUT = 60  # seconds for one request, of at most 50 MB; gcsfs repeats no request that took so long
+GOOGLE = "https://storage.googleapis.com"
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
 
 
@@ -59,6 +63,25 @@ class GcsStorage(StorageBackend):
             use_listings_cache=False,
             skip_instance_cache=True,
         )
+
+    def ranged_reads(self) -> RangedReads:
+        return self._objects()
+
+    def verified_uploads(self) -> VerifiedUploads:
+        return self._objects()
+
+    def _objects(self) -> GcsObjects:
+        """A client of its own: gcsfs moves all bytes through one thread, and repeats requests on its own."""
+        import requests
+        from google.auth.transport.requests import AuthorizedSession
+
+        from llmft_plugins.storage.gcs_client import GcsClient
+        from llmft_plugins.storage.gcs_objects import GcsObjects
+
+        given: GcsOptions = self.options
+        session = requests.Session() if given.anonymous else AuthorizedSession(self._credentials()[0])
+        endpoint = given.endpoint_url or os.environ.get("STORAGE_EMULATOR_HOST") or GOOGLE  # as gcsfs
+        return GcsObjects(GcsClient(session, endpoint.rstrip("/")), self.root() if given.bucket else "")
 
     def _credentials(self) -> tuple[Any, str]:
         """Ambient credentials and their project. Left to itself gcsfs goes on anonymously where it finds none."""
@@ -106,7 +129,7 @@ class GcsStorage(StorageBackend):
                 f"{path}: {where} has no such object, or no bucket {bucket}: check the path, --storage.bucket and that "
                 "the bucket was created"
             )
-        if "TimeoutError" in names:
+        if names & {"TimeoutError", "Timeout"}:
             return (
                 f"{path}: {where} did not answer in time ({said or 'time-out'}): check the network, the proxy and "
                 "--storage.endpoint-url"
