@@ -35,6 +35,10 @@ class StoreError(Exception):
         self.code, self.headers = code, dict(headers)
 
 
+class DamagedOnTheWay(ConnectionError):
+    """The store got other bytes than were sent; to be sent again."""
+
+
 @dataclass(frozen=True)
 class Checksums:
     """What Google keeps of an object."""
@@ -56,8 +60,8 @@ class Checksums:
 
 
 class GcsClient:
-    """Requests about objects. Raises FileNotFoundError for 404, ConnectionError where the store got other bytes than
-    were sent, StoreError for what else it refuses, and the errors of requests and google.auth."""
+    """Requests about objects. Raises FileNotFoundError for 404, DamagedOnTheWay, StoreError for what else the store
+    refuses, and the errors of requests and google.auth."""
 
     def __init__(self, session: requests.Session, endpoint: str) -> None:
         """`session` adds the credentials; `endpoint`: URL without a slash at its end."""
@@ -143,7 +147,7 @@ class GcsClient:
         if answer.status_code == 404:
             raise FileNotFoundError(said)
         if answer.status_code == 400 and _DAMAGED in said:
-            raise ConnectionError(f"the store got other bytes than were sent ({said})")
+            raise DamagedOnTheWay(f"the store got other bytes than were sent ({said})")
         raise StoreError(said, answer.status_code, answer.headers)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from urllib3.exceptions import HTTPError
 
 from llmft_core import ChangedMeanwhile, RangedReads, VerifiedUploads
-from llmft_plugins.storage.gcs_client import PIECE, Checksums, GcsClient, StoreError
+from llmft_plugins.storage.gcs_client import PIECE, Checksums, DamagedOnTheWay, GcsClient, StoreError
 from llmft_plugins.storage.gcs_crc32c import joined
 
 UPLOADS = ".llmft-uploads"
@@ -102,6 +102,9 @@ class GcsObjects(RangedReads, VerifiedUploads):
             if error.code == 416:
                 raise ConnectionError(f"nothing came from byte {start} on") from error
             raise
+        if answer.status_code != 206 and start:
+            answer.close()
+            raise StoreError(f"the whole of {path} came where a range was asked for", answer.status_code, {})
         done = 0
         try:
             while done < len(buffer) and (read := answer.raw.readinto(buffer[done : done + PIECE])):
@@ -221,7 +224,7 @@ class GcsObjects(RangedReads, VerifiedUploads):
         found = Checksums.told(made)
         if (found.crc32c, found.size) != (crc, whole.checksums.size):  # Google has compared it; others may not
             self._client.delete(path)
-            raise ConnectionError(f"the store composed {found.size} other bytes than the parts of gs://{path} hold")
+            raise DamagedOnTheWay(f"the store composed {found.size} other bytes than the parts of gs://{path} hold")
         return replace(whole, source={"name": made["name"], "generation": made["generation"]})
 
     def _is_composed(self, path: str, upload: str, whole: _Piece) -> bool:
