@@ -73,7 +73,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     tokenizer: Any = None
     if model is not None:
         tokenizer = _attempt(
-            lambda: load_tokenizer(model, plan.model.tokenizer, dataset.special_tokens, places),
+            lambda: load_tokenizer(model, plan.model.tokenizer, dataset.special_tokens, places, plan.weights.mirror),
             "model.tokenizer",
             problems,
         )
@@ -95,7 +95,8 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     key = hashlib.sha256(f"{print_} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / key
     if not folder.is_dir():  # the key says what is in it; another run may be copying from it
-        save_tokenizer(tokenizer, folder, tokenizer_folder(model, plan.model.tokenizer, places))
+        own_files = tokenizer_folder(model, plan.model.tokenizer, places, plan.weights.mirror)
+        save_tokenizer(tokenizer, folder, own_files)
     placement = placed[1]
     per_epoch = steps_per_epoch(len(data.train), placement.global_batch)
     job = Job(
