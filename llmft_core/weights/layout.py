@@ -21,9 +21,9 @@ def folder_name(model: str) -> str:
 
 
 def find_model(mirror: Place, repository: str, wanted: str, flag: str = "--model") -> Place:
-    """The folder of a hub repository in a mirror; `wanted` is what the user wrote behind `flag`. The first of these that
-    is there: `owner--name/`, `owner/name/`, `models--owner--name/` with refs/main and snapshots/, the mirror itself
-    where its own name says that it is this model. Raises InputError where there is none."""
+    """The folder of a hub repository in a mirror; `wanted` is what the user wrote behind `flag`. The first of these
+    that is there: `owner--name/`, `owner/name/`, `models--owner--name/` with refs/main and snapshots/, the mirror
+    itself where its own name says that it is this model. Raises InputError where there is none."""
     owner, name = repository.split("/")
     for folder in (mirror / folder_name(repository), mirror / owner / name):
         if exists(folder / "config.json") or exists(folder / UNFINISHED):
