@@ -1,4 +1,4 @@
-"""Google's objects: ranged reads, and uploads in parts that the store verifies and composes (docs/decisions/0010).
+"""Google's objects: ranged reads, and uploads in parts that the store verifies and composes (docs/decisions/0011).
 
 A part is an object under a name of its own, so another process finds what an interrupted one has sent:
 
@@ -181,10 +181,8 @@ class GcsObjects(RangedReads, VerifiedUploads):
         inside = folder.partition("/")[2]
         found: dict[str, datetime] = {}
         for item in self._client.listed(folder):
-            upload, sent = (
-                item["name"].removeprefix(inside).partition("/")[0],
-                datetime.fromisoformat(item["timeCreated"]),
-            )
+            upload = item["name"].removeprefix(inside).partition("/")[0]
+            sent = datetime.fromisoformat(item["timeCreated"])
             found[upload] = max(sent, found.get(upload, sent))
         return found
 
@@ -196,18 +194,21 @@ class GcsObjects(RangedReads, VerifiedUploads):
     def _cover(self, path: str, upload: str, wanted: Sequence[_Piece]) -> list[_Piece]:
         """Pieces in the store that are all of the wanted parts, the largest that there are; none where a part is
         missing, or another one."""
-        largest_first = sorted(self._pieces(path, upload), key=lambda piece: -piece.last)
+        beginning: dict[int, list[_Piece]] = {}
+        for piece in sorted(self._pieces(path, upload), key=lambda piece: -piece.last):
+            beginning.setdefault(piece.first, []).append(piece)
         cover: list[_Piece] = []
         done = 0
         while done < len(wanted):
-            for piece in largest_first:
-                parts = wanted[done : piece.last]
-                if piece.first == done + 1 and parts and piece.is_content_of(reduce(_Piece.__add__, parts)):
-                    cover.append(piece)
-                    done = piece.last
-                    break
-            else:
+            fitting = (
+                piece
+                for piece in beginning.get(done + 1, [])
+                if piece.last <= len(wanted) and piece.is_content_of(reduce(_Piece.__add__, wanted[done : piece.last]))
+            )
+            if (found := next(fitting, None)) is None:
                 return []
+            cover.append(found)
+            done = found.last
         return cover
 
     def _larger(self, folder: str, pieces: Sequence[_Piece]) -> _Piece:
