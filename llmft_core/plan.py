@@ -44,7 +44,7 @@ class ModelOptions(Options):
     name: str = Field(
         "llama-2-tiny", min_length=1, description="a model's short name, a hub id (owner/name), a folder or a URI"
     )
-    tokenizer: str = Field("", description="folder, file or URI of another tokenizer than the model's own")
+    tokenizer: str = Field("", description="folder, file, URI or hub id of another tokenizer than the model's own")
 
 
 class WeightsOptions(Options):

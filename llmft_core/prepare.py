@@ -98,7 +98,8 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     key = hashlib.sha256(f"{material.fingerprint} {model.digest} {tokenizer.chat_template}".encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / key
     if not folder.is_dir():  # the key says what is in it; another run may be copying from it
-        save_tokenizer(tokenizer, folder, tokenizer_folder(model, plan.model.tokenizer, places))
+        own_files = tokenizer_folder(model, plan.model.tokenizer, places, plan.weights.mirror)
+        save_tokenizer(tokenizer, folder, own_files)
     job = Job(
         plan=plan,
         placement=placement,
@@ -151,7 +152,9 @@ def prepare_data(
     tokenizer: Any = None
     if model is not None:
         tokenizer = _attempt(
-            lambda: load_tokenizer(model, plan.model.tokenizer, special_tokens, places), "model.tokenizer", problems
+            lambda: load_tokenizer(model, plan.model.tokenizer, special_tokens, places, plan.weights.mirror),
+            "model.tokenizer",
+            problems,
         )
         problems += check(model)
     if opened is None or model is None or tokenizer is None:

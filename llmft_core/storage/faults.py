@@ -47,7 +47,7 @@ class Patience:
     so that many workers do not return at once) and are longer where the store asks for it (Retry-After), no new attempt
     once `deadline` seconds have passed, and no answer after `limit` seconds is a fault too."""
 
-    attempts: int = 4
+    attempts: int = 7  # a store that is busy for 8 s is outlived with any jitter
     first_wait: float = 0.5
     deadline: float = 30.0
     limit: float = 60.0

@@ -20,10 +20,10 @@ def folder_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def find_model(mirror: Place, repository: str, wanted: str) -> Place:
-    """The folder of a hub repository in a mirror; `wanted` is what the user wrote. The first of these that is there:
-    `owner--name/`, `owner/name/`, `models--owner--name/` with refs/main and snapshots/, the mirror itself where its own
-    name says that it is this model. Raises InputError where there is none."""
+def find_model(mirror: Place, repository: str, wanted: str, flag: str = "--model") -> Place:
+    """The folder of a hub repository in a mirror; `wanted` is what the user wrote behind `flag`. The first of these
+    that is there: `owner--name/`, `owner/name/`, `models--owner--name/` with refs/main and snapshots/, the mirror
+    itself where its own name says that it is this model. Raises InputError where there is none."""
     owner, name = repository.split("/")
     for folder in (mirror / folder_name(repository), mirror / owner / name):
         if exists(folder / "config.json") or exists(folder / UNFINISHED):
@@ -35,7 +35,7 @@ def find_model(mirror: Place, repository: str, wanted: str) -> Place:
     is_model = exists(mirror / "config.json")
     if is_model and mirror.name in (name, folder_name(repository)):
         return mirror
-    raise InputError(_missing(mirror, repository, wanted, is_model))
+    raise InputError(_missing(mirror, repository, wanted, is_model, flag))
 
 
 def snapshot(folder: Place) -> Place | None:
@@ -57,21 +57,20 @@ def snapshot(folder: Place) -> Place | None:
     return found
 
 
-def _missing(mirror: Place, repository: str, wanted: str, is_model: bool) -> str:
+def _missing(mirror: Place, repository: str, wanted: str, is_model: bool, flag: str) -> str:
     """The error of a model that is not in a mirror."""
     plain = folder_name(repository)
     listed = [name for name in list_names(mirror) if name.endswith("/")] or list_names(mirror)
     there = ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "") if listed else "nothing"
     named = f"{wanted} ({repository})" if wanted != repository else wanted
     if is_model:
-        way_out = f"it is a model's own folder: give --model {mirror.uri}, or the folder above it as mirror"
+        way_out = f"it is a model's own folder: give {flag} {mirror.uri}, or the folder above it as mirror"
     else:
-        way_out = (
-            f"put it there with `llmft weights mirror {wanted} {mirror.uri}`, or leave --weights.mirror out to take it "
-            "from the hub"
-        )
+        elsewhere = "leave --weights.mirror out to take it from the hub" if flag == "--model" else f"give {flag} FOLDER"
+        way_out = f"put it there with `llmft weights mirror {wanted} {mirror.uri}`, or {elsewhere}"
+    what = flag.rpartition(".")[2].lstrip("-")  # model, tokenizer
     return (
-        f"model {named} is not in the mirror {mirror.uri}: looked for {plain}/, {repository}/ and "
+        f"{what} {named} is not in the mirror {mirror.uri}: looked for {plain}/, {repository}/ and "
         f"{HUB}{plain}/refs/main, found {there}; {way_out}"
     )
 

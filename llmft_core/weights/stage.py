@@ -59,7 +59,7 @@ def stage_model(
     family = family_of_name(name, catalog)
     repository = hub_repository(name, catalog)
     if repository and plan.weights.mirror:
-        place = find_model(_mirror_place(plan.weights.mirror, places), repository, name)
+        place = find_model(mirror_place(plan.weights.mirror, places), repository, name)
         path, digest = _from_place(place, f"model {name}", repository, weights, progress, sharer)
     elif repository:
         path, digest = _from_hub(repository, weights)
@@ -132,7 +132,8 @@ def _from_hub(repository: str, weights: bool) -> tuple[Path, str]:
     return path, hashlib.sha256(f"{repository}@{path.name}".encode()).hexdigest()  # the folder's name is the commit
 
 
-def _mirror_place(uri: str, places: Places) -> Place:
+def mirror_place(uri: str, places: Places) -> Place:
+    """Where `weights.mirror` points. Raises InputError naming that option."""
     try:
         return places.place(uri)
     except InputError as error:

@@ -15,11 +15,12 @@ from llmft_core.extensions import ModelFamily
 from llmft_core.weights import hub
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.files import TOKENIZER_FILES, is_tokenizer_file
+from llmft_core.weights.layout import find_model
 from llmft_core.weights.mirror import locked, mirror
+from llmft_core.weights.stage import ModelFolder, mirror_place
 
 if TYPE_CHECKING:
     from llmft_core.storage.places import Places
-    from llmft_core.weights.stage import ModelFolder
 
 SINGLE_FILES = ("tokenizer.json", "tokenizer.model")
 PROBES = (
@@ -31,14 +32,17 @@ PROBES = (
 )
 
 
-def load_tokenizer(model: ModelFolder, override: str, special_tokens: Sequence[str], places: Places) -> Any:
+def load_tokenizer(
+    model: ModelFolder, override: str, special_tokens: Sequence[str], places: Places, weights_mirror: str = ""
+) -> Any:
     """A fast `transformers` tokenizer with these tokens added as special ones, each one id.
 
     `override` (`model.tokenizer` of the plan) is a folder, a tokenizer.json or tokenizer.model, a URI of one of these,
-    or a hub id; empty: the model's own. Sets a padding token where there is none: unk, else eos; padding is told by
+    or a hub id; empty: the model's own. A hub id is looked for in `weights_mirror` where that is given, as a model is,
+    and never on the hub then. Sets a padding token where there is none: unk, else eos; padding is told by
     its position, never by this id. Raises InputError: nothing there, no bos or eos, a token that is not one id.
     """
-    folder = tokenizer_folder(model, override, places)
+    folder = tokenizer_folder(model, override, places, weights_mirror)
     tokenizer = _loaded(model.family, folder, override or str(model.path))
     origin = f"tokenizer {override or model.path}"
     for role in ("bos", "eos"):
@@ -59,9 +63,9 @@ def load_tokenizer(model: ModelFolder, override: str, special_tokens: Sequence[s
     return tokenizer
 
 
-def tokenizer_folder(model: ModelFolder, override: str, places: Places) -> Path:
+def tokenizer_folder(model: ModelFolder, override: str, places: Places, weights_mirror: str = "") -> Path:
     """This node's folder with the tokenizer's own files: the model's, or that of what `override` names."""
-    return _chosen(model, override, places) if override else model.path
+    return _chosen(model, override, places, weights_mirror) if override else model.path
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -167,7 +171,7 @@ def _loaded(family: ModelFamily, folder: Path, origin: str) -> Any:
     return tokenizer
 
 
-def _chosen(model: ModelFolder, override: str, places: Places) -> Path:
+def _chosen(model: ModelFolder, override: str, places: Places, weights_mirror: str) -> Path:
     """A node-local folder with the tokenizer that `override` names."""
     if "://" in override:
         stem, _, last = override.rstrip("/").rpartition("/")
@@ -187,12 +191,18 @@ def _chosen(model: ModelFolder, override: str, places: Places) -> Path:
             raise InputError(f"tokenizer {override}: no {' or '.join(SINGLE_FILES)} in it; give another folder")
         return path
     if hub.is_hub_id(override):
-        folder = hub.fetch_tokenizer(override)
+        folder = _from_mirror(override, weights_mirror, places) if weights_mirror else hub.fetch_tokenizer(override)
         return _completed(folder, f"{override.replace('/', '--')}-{folder.name}", model)
     raise InputError(
         f"tokenizer {override}: no such file or folder; "
         f"give a folder, a {' or '.join(SINGLE_FILES)}, a hub id (owner/name) or a URI"
     )
+
+
+def _from_mirror(repository: str, weights_mirror: str, places: Places) -> Path:
+    """The tokenizer's files of a repository in a mirror, in this node's cache."""
+    place = find_model(mirror_place(weights_mirror, places), repository, repository, "--model.tokenizer")
+    return mirror(place, f"tokenizer {repository}", is_tokenizer_file)
 
 
 def _completed(source: Path, key: str, model: ModelFolder, only: str = "") -> Path:

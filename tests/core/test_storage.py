@@ -239,7 +239,7 @@ def test_a_lasting_fault_ends_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(LlmftError) as caught:
         transfer.write_bytes(over(filesystem, tmp_path) / "x", b"1")
     assert str(caught.value) == f"test://{tmp_path}/x: ConnectionResetError: reset by peer"
-    assert (filesystem.calls, caught.value.exit_code) == (4, 1)
+    assert (filesystem.calls, caught.value.exit_code) == (7, 1)
 
 
 @pytest.mark.parametrize(

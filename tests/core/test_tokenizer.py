@@ -6,18 +6,33 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import Proxy, fault_proxy
+from servers import S3Server
 
 from llmft_core import InputError
 from llmft_core.catalog import Catalog
+from llmft_core.cli.main import main
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
-from llmft_core.storage.places import Places
+from llmft_core.storage.places import Place, Places
+from llmft_core.storage.transfer import upload_many, write_bytes
 from llmft_core.weights.stage import ModelFolder, stage_model
 from llmft_core.weights.tokenizer import fingerprint, load_tokenizer, save_tokenizer
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A mirror behind a proxy that counts."""
+
+    uri: str
+    proxy: Proxy
+
 
 TAGS = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
 TEXTS = [
@@ -172,6 +187,69 @@ def test_another_tokenizer_that_is_not_there(
     (tmp_path / "vocab.bpe").write_text("x")
     with pytest.raises(InputError, match=message):
         load_tokenizer(tiny, override.format(here=tmp_path), TAGS, places)
+
+
+# --- from a mirror ------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("owner--name", "owner/name", "models--owner--name/snapshots/abc")
+
+
+@pytest.fixture
+def mirror(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Mirror]:
+    """A mirror in S3 of this test alone. Nobody may ask the hub in a test."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    name = str(request.node.name).replace("/", "-").replace("[", "-").replace("]", "")
+    with fault_proxy(s3_server.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield Mirror(f"s3://bucket/{name}", proxy)
+
+
+@pytest.fixture
+def other(tiny: ModelFolder, places: Places, tmp_path: Path) -> Path:
+    """A model with one token more."""
+    folder = tmp_path / "other"
+    save_tokenizer(load_tokenizer(tiny, "", ["<MORE>"], places), folder, tiny.path)
+    shutil.copy(tiny.path / "config.json", folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def lay(folder: Path, place: Place) -> None:
+    upload_many([(path, place / path.name) for path in folder.iterdir()])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_hub_id_comes_from_the_mirror(
+    tiny: ModelFolder, catalog: Catalog, mirror: Mirror, other: Path, layout: str
+) -> None:
+    places = Places(catalog, None, {})
+    place = places.place(mirror.uri)
+    lay(other, place / layout)
+    if "snapshots" in layout:
+        write_bytes(place / "models--owner--name/refs/main", b"abc")
+    tokenizer = load_tokenizer(tiny, "owner/name", TAGS, places, mirror.uri)
+    assert fingerprint(tokenizer) == fingerprint(load_tokenizer(at(other, tiny), "", TAGS, places))
+    assert mirror.proxy.count(b"GET", b"/tokenizer.json") > 0
+    assert mirror.proxy.count(b"GET", b"model.safetensors ") == 0, "its weights are nobody's affair"
+    before = mirror.proxy.count(b"GET", b"/tokenizer.json")
+    assert fingerprint(load_tokenizer(tiny, "owner/name", TAGS, places, mirror.uri)) == fingerprint(tokenizer)
+    assert mirror.proxy.count(b"GET", b"/tokenizer.json") == before, "the second time from this node's cache"
+
+
+def test_what_the_mirror_lacks_is_not_asked_of_the_hub(
+    mirror: Mirror, other: Path, catalog: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before anything is started, by the command that says what would happen."""
+    lay(other, Places(catalog, None, {}).place(mirror.uri) / "another--name")
+    plan = ["plan", "--model", "llama-2-tiny", "--dataset", "arithmetic", "--workers", "0"]
+    reach = ["--weights.mirror", mirror.uri, "--model.tokenizer"]
+    assert main([*plan, *reach, "owner/name"]) == 2
+    error = capsys.readouterr().err
+    assert f"model.tokenizer: tokenizer owner/name is not in the mirror {mirror.uri}: looked for owner--name/" in error
+    assert "found another--name/; put it there with `llmft weights mirror owner/name" in error
+    assert "or give --model.tokenizer FOLDER" in error
+    assert main([*plan, *reach, "another/name"]) == 0
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------------

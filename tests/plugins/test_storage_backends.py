@@ -280,7 +280,7 @@ def test_gcs_nobody_listens() -> None:
 @pytest.mark.parametrize(
     ("error", "parts"),
     [
-        (OSError("Forbidden: b/o\nno storage.objects.create access"), ("access denied", "Storage Object User")),
+        (PermissionError("Forbidden: b/o\nno storage.objects.create access"), ("access denied", "Storage Object User")),
         (OSError(28, "No space left on device"), ("disk of this machine is full",)),
         (ConnectionRefusedError("refused"), ("cannot reach Google Cloud Storage",)),
     ],

@@ -5,11 +5,12 @@ It knows of HTTP only where a request and an answer begin: enough to break the n
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 REFUSAL = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -18,8 +19,18 @@ REFUSAL = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n
 def refusal(status: str, code: str = "", *headers: str) -> bytes:
     """A whole answer in a server's place: `403 Forbidden`, S3's error code, more header lines."""
     body = f"<Error><Code>{code}</Code><Message>{code} by the proxy</Message></Error>" if code else ""
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/xml", *headers]
-    return ("\r\n".join([*lines, "Connection: close", "", ""]) + body).encode()
+    return _whole(status, body, "Content-Type: application/xml", *headers)
+
+
+def google_refusal(status: str, said: str, *headers: str) -> bytes:
+    """The same as Google says it."""
+    body = json.dumps({"error": {"code": int(status.split()[0]), "message": said}})
+    return _whole(status, body, "Content-Type: application/json", *headers)
+
+
+def _whole(status: str, body: str, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "Connection: close", "", ""]
+    return ("\r\n".join(lines) + body).encode()
 
 
 @dataclass
@@ -32,7 +43,7 @@ class Fault:
     times: int = 1
     status_503: bool = False
     answer: bytes | None = None
-    """Given by the proxy in the server's place (see `refusal`)."""
+    """Given by the proxy in the server's place (see `refusal`, `google_refusal`)."""
     hang: bool = False
     reset_after: int | None = None
     truncate_after: int | None = None
@@ -95,8 +106,9 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
             threading.Thread(target=serve, args=(client,), daemon=True).start()
 
     def serve(client: socket.socket) -> None:
-        with suppress(OSError), client, socket.create_connection((host, int(port))) as server:
-            open_sockets.add(server)
+        with suppress(OSError), ExitStack() as opened:
+            opened.enter_context(client)
+            server: socket.socket | None = None
             received = b""
             while True:
                 while b"\r\n\r\n" not in received:
@@ -119,6 +131,9 @@ def fault_proxy(upstream: str) -> Iterator[Proxy]:
                     return
                 if proxy.before_answer is not None:
                     proxy.before_answer(head)
+                if server is None:  # not before: the emulator of Google serves one connection at a time, idle ones too
+                    server = opened.enter_context(socket.create_connection((host, int(port))))
+                    open_sockets.add(server)
                 received = exchange(client, server, head, received, fault)
 
     def exchange(

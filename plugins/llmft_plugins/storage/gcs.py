@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmft_core import InputError, Options, Problem, Problems, StorageBackend, hookimpl
+from llmft_core import InputError, Options, Problem, Problems, RangedReads, StorageBackend, VerifiedUploads, hookimpl
+
+if TYPE_CHECKING:
+    from llmft_plugins.storage.gcs_objects import GcsObjects
 
 llmft_api = 1
 
 CONNECT_TIMEOUT = 10  # seconds
 REQUEST_TIMEOUT = 60  # seconds for one request, of at most 50 MB; gcsfs repeats no request that took so long
+GOOGLE = "https://storage.googleapis.com"
 SCOPE = "https://www.googleapis.com/auth/devstorage.full_control"
 
 
@@ -41,17 +44,16 @@ class GcsStorage(StorageBackend):
     creates_exclusively = True
 
     def filesystem(self) -> Any:
-        # Read when gcsfs is imported: with its experimental half the first calls hang for up to 107 s in gRPC probes.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        import gcsfs
         from aiohttp import ClientTimeout
+
+        from llmft_plugins.storage.gcs_files import GcsFiles
 
         logger = logging.getLogger("gcsfs")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # it prints the traceback of every error that it also raises
         given: GcsOptions = self.options
         token, project = ("anon", "") if given.anonymous else self._credentials()
-        return gcsfs.GCSFileSystem(
+        return GcsFiles(
             project=given.project or project,
             token=token,
             endpoint_url=given.endpoint_url or None,
@@ -59,6 +61,25 @@ class GcsStorage(StorageBackend):
             use_listings_cache=False,
             skip_instance_cache=True,
         )
+
+    def ranged_reads(self) -> RangedReads:
+        return self._objects()
+
+    def verified_uploads(self) -> VerifiedUploads:
+        return self._objects()
+
+    def _objects(self) -> GcsObjects:
+        """A client of its own: gcsfs moves all bytes through one thread, and repeats requests on its own."""
+        import requests
+        from google.auth.transport.requests import AuthorizedSession
+
+        from llmft_plugins.storage.gcs_client import GcsClient
+        from llmft_plugins.storage.gcs_objects import GcsObjects
+
+        given: GcsOptions = self.options
+        session = requests.Session() if given.anonymous else AuthorizedSession(self._credentials()[0])
+        endpoint = given.endpoint_url or os.environ.get("STORAGE_EMULATOR_HOST") or GOOGLE  # as gcsfs
+        return GcsObjects(GcsClient(session, endpoint.rstrip("/")), self.root() if given.bucket else "")
 
     def _credentials(self) -> tuple[Any, str]:
         """Ambient credentials and their project. Left to itself gcsfs goes on anonymously where it finds none."""
@@ -80,11 +101,6 @@ class GcsStorage(StorageBackend):
             raise Problems([Problem("storage.bucket", "is required: the GCS bucket in which runs are written")])
         return "/".join([self.options.bucket, *filter(None, self.options.prefix.split("/"))])
 
-    def stored_md5(self, info: Mapping[str, Any]) -> str | None:
-        """Google keeps one for every object that was not composed of others."""
-        told = info.get("md5Hash")
-        return base64.b64decode(told).hex() if told else None
-
     def explain(self, error: BaseException, path: str) -> str:
         names = {base.__name__ for link in _chain(error) for base in type(link).__mro__}
         codes = {str(getattr(link, "code", "")) for link in _chain(error)}
@@ -96,7 +112,7 @@ class GcsStorage(StorageBackend):
                 f"{path}: {where} does not accept the credentials ({said}): check GOOGLE_APPLICATION_CREDENTIALS, or "
                 "run `gcloud auth application-default login` again"
             )
-        if "403" in codes or "PermissionError" in names or said.startswith("Forbidden"):
+        if "403" in codes or "PermissionError" in names:
             return (
                 f"{path}: access denied by {where} ({said}): give the account of the credentials the role Storage "
                 f"Object User on bucket {bucket}, or use others (GOOGLE_APPLICATION_CREDENTIALS)"
@@ -106,7 +122,9 @@ class GcsStorage(StorageBackend):
                 f"{path}: {where} has no such object, or no bucket {bucket}: check the path, --storage.bucket and that "
                 "the bucket was created"
             )
-        if "TimeoutError" in names:
+        if "DamagedOnTheWay" in names:
+            return f"{path}: {said}: something between this machine and {where} damages data: check the proxy"
+        if names & {"TimeoutError", "Timeout"}:
             return (
                 f"{path}: {where} did not answer in time ({said or 'time-out'}): check the network, the proxy and "
                 "--storage.endpoint-url"
