@@ -2,7 +2,7 @@
 
     state_00000/
       rank-00000-00000.safetensors   what rank 0 held: tensors `KIND/START/NAME`, 1-d float32
-      progress.json                  optimizer steps done, counters of the engine, what retention remembers
+      progress.json                  optimizer steps done, counters of the engine
       manifest.json                  every file: bytes, SHA-256, its fragments; provenance
       .is_state                      the completion marker, written last
 
@@ -44,10 +44,6 @@ class Progress:
     """Optimizer steps done: the next one is number `step`, counted from 0."""
     counters: Mapping[str, float]
     """`Engine.counters`."""
-    checkpoints: int
-    """The number of the next checkpoint."""
-    kept: Sequence[Mapping[str, Any]]
-    """Checkpoints that were complete by then and not removed: `name`, `metrics`."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Progress:
@@ -56,7 +52,7 @@ class Progress:
 
 
 Snapshot = dict[str, "torch.Tensor"]
-"""`KIND/START/NAME` → values, 1-d float32, copies in host memory."""
+"""`KIND/START/NAME` → values, 1-d float32."""
 
 
 def key_of(name: str, kind: str, start: int) -> str:
@@ -70,19 +66,24 @@ def parsed_key(key: str) -> tuple[str, str, int]:
     return name, kind, int(start)
 
 
-def snapshot(fragments: Iterable[Fragment]) -> Snapshot:
-    """Copies what a rank holds into host memory: all that training waits for."""
-    return {key_of(name, kind, start): values.detach().to("cpu", copy=True) for name, kind, start, values in fragments}
+def views(fragments: Iterable[Fragment]) -> Snapshot:
+    """What a rank holds, still changing with training."""
+    return {key_of(name, kind, start): values.detach() for name, kind, start, values in fragments}
 
 
-def bytes_of(fragments: Iterable[Fragment]) -> int:
+def copies(taken: Snapshot) -> Snapshot:
+    """Copies in host memory: all that training waits for."""
+    return {key: values.to("cpu", copy=True) for key, values in taken.items()}
+
+
+def bytes_of(taken: Snapshot) -> int:
     """Bytes of a rank's part."""
-    return sum(values.numel() * values.element_size() for _, _, _, values in fragments)
+    return sum(values.numel() * values.element_size() for values in taken.values())
 
 
 def write_fragments(taken: Snapshot, rank: int, folder: Path, largest: int = MAX_SHARD) -> dict[str, dict[str, int]]:
-    """Writes a rank's files of at most `largest` bytes and empties `taken`, so that its memory is free as they come.
-    Returns file → fragment → elements."""
+    """Writes a rank's files of at most `largest` bytes and empties `taken`: a copy's memory is free once it is written,
+    and of views there is a copy of one file at a time. Returns file → fragment → elements."""
     from safetensors.torch import save_file
 
     groups = split({key: (len(values),) for key, values in taken.items()}, itemsize=4, limit=largest)
@@ -90,10 +91,15 @@ def write_fragments(taken: Snapshot, rank: int, folder: Path, largest: int = MAX
     for number, keys in enumerate(groups):
         if keys:
             file = f"rank-{rank:05d}-{number:05d}.safetensors"
-            tensors = {key: taken.pop(key) for key in keys}
+            # Views of one flat tensor share its memory, which safetensors does not write.
+            tensors = {key: values.to("cpu", copy=_is_view(values)) for key in keys for values in (taken.pop(key),)}
             save_file(tensors, folder / file)
             written[file] = {key: len(values) for key, values in tensors.items()}
     return written
+
+
+def _is_view(values: torch.Tensor) -> bool:
+    return bool(values.untyped_storage().nbytes() != values.numel() * values.element_size())
 
 
 def write_progress(progress: Progress, folder: Path) -> None:
@@ -128,7 +134,8 @@ def publish_state(
     facts: Mapping[str, Any],
 ) -> int:
     """Upload this rank's files; rank 0 also waits for the others, and makes the state complete. `shapes` are those of
-    all trained parameters. Returns the bytes of all (rank 0), else 0. Raises LlmftError, the local copy is kept then."""
+    all trained parameters. Returns the bytes of all on rank 0, else 0. Raises LlmftError; the local copy is kept then.
+    """
     check = partial(verify_fragments, folder, written)
     said = {"fragments": written}
     if rank != 0:
@@ -161,8 +168,8 @@ def check_whole(fragments: Mapping[str, Mapping[str, int]], shapes: Mapping[str,
                 position += length
             if position != math.prod(shape):
                 raise LlmftError(
-                    f"the ranks do not hold {kind} of {name} once: its elements from {position} on are missing or there "
-                    "twice: the strategy is at fault; tell its author"
+                    f"the ranks do not hold {kind} of {name} once: its elements from {position} on are missing, or are "
+                    "there twice: the strategy is at fault; tell its author"
                 )
     if found:
         raise LlmftError(f"the ranks hold fragments of what is not trained: {sorted(found)[:3]}")
@@ -187,6 +194,7 @@ class Fragments:
     def read(self, name: str, kind: str, start: int, into: torch.Tensor) -> None:
         """Fills `into` (1-d) with the elements from `start` on. Raises LlmftError where some are not there: then the
         state is of another model."""
+        into = into.detach()  # a master may be a leaf of autograd
         end, filled = start + len(into), 0
         for first, length, file, key in self._found.get((name, kind), []):
             low, high = max(start, first), min(end, first + length)

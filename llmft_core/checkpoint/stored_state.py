@@ -58,7 +58,7 @@ def open_state(place: Place) -> StoredState:
     except (TypeError, ValueError) as error:
         raise LlmftError(
             f"{place.uri}: {PROGRESS} is not what this llmft writes ({error}): resume with its own version"
-        )
+        ) from error
 
 
 def remove_state(place: Place) -> None:

@@ -12,6 +12,19 @@ from llmft_core.values import Placement
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where a run goes on, instead of at its beginning."""
+
+    state: str
+    """URI of the complete state."""
+    step: int
+    """Optimizer steps done by then."""
+    next_state: int
+    next_checkpoint: int
+    """Numbers that no folder of the run has yet: what was written after the state stays as it is."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One training job, equal on all ranks of a node; the three folders are this node's copies."""
 
@@ -28,6 +41,7 @@ class Job:
     model: Path
     data: Path
     tokenizer: Path
+    resume: Resume | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
@@ -38,6 +52,7 @@ class Job:
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
             "placement": asdict(self.placement),
+            "resume": asdict(self.resume) if self.resume else None,
         }
 
     @classmethod
@@ -49,6 +64,7 @@ class Job:
                 "plan": RunPlan.from_json(data["plan"]),
                 "placement": Placement(**data["placement"]),
                 "stop_ids": tuple(data["stop_ids"]),
+                "resume": Resume(**data["resume"]) if data["resume"] else None,
                 **{name: Path(data[name]) for name in ("model", "data", "tokenizer")},
             }
         )
@@ -60,6 +76,7 @@ class Reporter(Protocol):
     def send(self, event: dict[str, Any]) -> None:
         """Events have a `kind`: phase (`text`), warning (`text`), metrics (`step`, `epoch`, `metrics`, `publishing`: a
         checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), stall (`seconds`
-        for which a checkpoint held training, of them `waited` for the one before),
+        for which a checkpoint or state held training, of them `waited` for the one before), state (`name`, `uri`,
+        `step`, `seconds`, `bytes`),
         removed (`name` of a checkpoint that is not kept); under Ray also rank (`rank`, `host`) and error (`message`,
         `rank`, `ours`: whether it is an LlmftError)."""

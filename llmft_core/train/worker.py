@@ -9,16 +9,19 @@ import torch
 import torch.distributed as dist
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.stored_state import forget, open_state, restore
 from llmft_core.data.prepare import PreparedData
 from llmft_core.errors import LlmftError
-from llmft_core.extensions import Method, Strategy
+from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
-from llmft_core.storage.places import Places
+from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.loop import train
 from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
+from llmft_core.train.state_saver import StateSaver
+from llmft_core.weights.cache import cache_folder
 
 
 def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
@@ -46,9 +49,13 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         tell("phase", "loading the model")
         model = method.apply(build_model(job, engine, partial(tell, "warning")))
         engine.prepare(model, optimizer_maker(plan, job.placement.device))
-        run = Places(catalog, plan.storage, plan.backends).runs() / plan.name
-        with Saver(job, engine, rank, reporter, run) as saver:
-            train(job, engine, data, rank, saver, saver.save)
+        places = Places(catalog, plan.storage, plan.backends)
+        run = places.runs() / plan.name
+        if job.resume is not None:
+            tell("phase", f"restoring the state of step {job.resume.step}")
+            restore_state(places.place(job.resume.state), engine)
+        with Saver(job, engine, rank, reporter, run) as saver, StateSaver(job, engine, rank, saver, run) as states:
+            train(job, engine, data, rank, saver, saver.save, states.save)
     except torch.OutOfMemoryError as error:
         raise LlmftError(
             f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
@@ -57,6 +64,14 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         ) from error
     finally:
         engine.finish()
+
+
+def restore_state(place: Place, engine: Engine) -> None:
+    """This rank's part of a state, in storage until now. Collective."""
+    state = open_state(place)
+    restore(state, engine, cache_folder())
+    dist.barrier()  # all ranks of this node have read its copies
+    forget(state, cache_folder())
 
 
 def check_gpus(job: Job) -> None:

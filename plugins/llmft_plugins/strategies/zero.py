@@ -197,7 +197,7 @@ class ZeroEngine(Engine):
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._trained():
-            start, kinds = held(parameter, self.stage, self.rank, self._moments_exist())
+            start, kinds = held(self._zero, parameter, self.stage, self.rank, self._moments_exist())
             for kind, values in kinds.items():
                 if len(values):
                     yield name, kind, start, values
@@ -206,7 +206,7 @@ class ZeroEngine(Engine):
         steps = max((float(kept["step"]) for kept in self._zero.optimizer.state.values()), default=0.0)
         scaler = self._zero.loss_scaler
         remembered = SCALER if self.placement.precision == "fp16" else ()
-        return {"optimizer_steps": steps, **{f"scaler.{name}": float(getattr(scaler, name)) for name in remembered}}
+        return {"optimizer_steps": steps, **{f"scaler.{field}": float(getattr(scaler, field)) for field in remembered}}
 
     def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
         moments = bool(counters["optimizer_steps"])
@@ -215,7 +215,7 @@ class ZeroEngine(Engine):
         for name, parameter in self._trained():
             if self.stage == 3:
                 partition_again(parameter)
-            start, kinds = held(parameter, self.stage, self.rank, moments)
+            start, kinds = held(self._zero, parameter, self.stage, self.rank, moments)
             for kind, values in kinds.items():
                 if len(values):
                     read(name, kind, start, values)
@@ -223,9 +223,9 @@ class ZeroEngine(Engine):
                 parameter.ds_tensor.data.view(-1)[: len(kinds["master"])].copy_(kinds["master"])
         if self.stage == 2:
             self._zero.update_lp_params()
-        for name in SCALER if self.placement.precision == "fp16" else ():
-            kind = type(getattr(self._zero.loss_scaler, name))
-            setattr(self._zero.loss_scaler, name, kind(counters[f"scaler.{name}"]))
+        for field in SCALER if self.placement.precision == "fp16" else ():
+            as_it_was = type(getattr(self._zero.loss_scaler, field))
+            setattr(self._zero.loss_scaler, field, as_it_was(counters[f"scaler.{field}"]))
 
     def _moments_exist(self) -> bool:
         return any("exp_avg" in kept for kept in self._zero.optimizer.state.values())

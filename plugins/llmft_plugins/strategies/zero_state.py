@@ -15,16 +15,22 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What the dynamic loss scaler of fp16 remembers from step to step."""
 
 
-def held(parameter: torch.nn.Parameter, stage: int, rank: int, moments: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def held(
+    zero: Any, parameter: torch.nn.Parameter, stage: int, rank: int, moments: bool
+) -> tuple[int, dict[str, torch.Tensor]]:
     """What this rank owns of a parameter: the first element, and kind → values, 1-d float32 views; empty ones where it
-    owns nothing. Without `moments` the masters alone."""
+    owns nothing. Without `moments` the masters alone. `zero`: DeepSpeed's ZeRO optimizer."""
     kinds = MOMENTS if moments else ()
     if stage == 2:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        mapping = parameter._hp_mapping
         if mapping is None:
             return 0, {}
-        found = {"master": mapping.get_hp_fragment(), **{kind: mapping.get_hp_fragment(kind) for kind in kinds}}
-        return int(mapping.lp_fragment_address.start), found
+        # Not `get_hp_fragment(kind)`: DeepSpeed links the moments of all groups after the first group's first step,
+        # when the others have none yet.
+        kept = zero.optimizer.state[zero.single_partition_of_fp32_groups[mapping.param_group_index]]
+        where = mapping.hp_fragment_address
+        found = {kind: kept[kind].narrow(0, where.start, where.numel) for kind in kinds}
+        return int(mapping.lp_fragment_address.start), {"master": mapping.get_hp_fragment(), **found}
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     part: int = parameter.ds_tensor.numel()
@@ -45,8 +51,6 @@ def make_moments(zero: Any, stage: int, steps: float) -> None:
     for master in flat:
         counted = torch.tensor(steps, device=master.device if fused else "cpu")
         adamw.state[master] = {"step": counted, **{kind: torch.zeros_like(master) for kind in MOMENTS}}
-    if stage == 2:
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def partition_again(parameter: torch.nn.Parameter) -> None:
