@@ -367,6 +367,11 @@ class Tracker(Extension, ABC):
         """`folder` is local, the tracker's to write to, and is copied to the run's storage now and then and at the
         end."""
 
+    def resume(self, folder: Path, plan: Mapping[str, Any], step: int) -> None:
+        """Instead of `start`, where a run goes on after optimizer step `step`: what it logged so far lies in `folder`
+        again, and what was logged after that step is taken back, since it will be logged anew."""
+        self.start(folder, plan)
+
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers after an optimizer step or an evaluation, by name (`train/loss`, `eval/perplexity`)."""

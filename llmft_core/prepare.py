@@ -56,8 +56,11 @@ class Ready:
         return self.size.parameters * BYTES_OF[written_type(self.plan)]
 
 
-def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None]) -> Ready:
-    """Check everything and prepare the data. Raises Problems: all that is wrong, together.
+def make_ready(
+    plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None], resumed: bool = False
+) -> Ready:
+    """Check everything and prepare the data. Raises Problems: all that is wrong, together. `resumed`: the run is there
+    already, and goes on.
 
     Writes to this machine's cache, and a probe object to the run's storage that is deleted again; nothing else.
     """
@@ -66,7 +69,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     placed = _attempt(lambda: place(plan, cluster, catalog), "workers", problems)
     plan = placed[0] if placed else plan
     places = Places(catalog, plan.storage, plan.backends)
-    problems += storage_problems(plan, places)
+    problems += storage_problems(plan, places, new=not resumed)
     problems += sharing_problems(plan, cluster, catalog)
     dataset: DatasetFormat = catalog.create("dataset", plan.dataset)
     model = _attempt(lambda: stage_model(plan, catalog, places, weights=False), "model", problems)

@@ -25,6 +25,7 @@ from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.report.transfers import transfer_bar
+from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at, sweep
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
@@ -37,9 +38,13 @@ from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
 
 
-def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
-    """Train as the plan says. Raises InputError before anything is started, LlmftError after, Interrupted."""
-    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True))
+def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | None = None) -> Outcome:
+    """Train as the plan says, from the beginning or from a point of an earlier run of this name. Raises InputError
+    before anything is started, LlmftError after, Interrupted."""
+    resumed = point is not None
+    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
+    if point is not None:
+        check_inputs(point, ready.job.provenance, ready.job.total_steps)
     view = LiveView(ready.job.total_steps, ready.job.total_steps / ready.job.steps_per_epoch)
     show_head(ready, view)
     view.phase("starting" if ready.cluster.address == "" else "starting workers")
@@ -51,7 +56,7 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
             if problems:
                 raise Problems(problems)
             job, folders = stage(ready, cluster, view)
-            return train(replace(ready, cluster=cluster, job=job), folders, view)
+            return train(replace(ready, cluster=cluster, job=job), folders, view, point)
     finally:
         stop(cluster)
 
@@ -135,11 +140,19 @@ def stage_on_node(
     return folders
 
 
-def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView) -> Outcome:
-    """Claim the run's name in storage, and train while its lease is ours."""
+def train(
+    ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView, point: Point | None = None
+) -> Outcome:
+    """Claim the run's name in storage, or go on with what is there, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
     with Lease(target, view.warn):
+        if point is not None:
+            swept = sweep(target)
+            for name in swept:
+                view.say(f"{name} removed: it was never complete")
+            ready = replace(ready, job=replace(ready.job, resume=resume_at(point)))
+            return follow(ready, folders, target, view)
         claim(target, (json.dumps(described, indent=2) + "\n").encode())
         return follow(ready, folders, target, view)
 
@@ -183,11 +196,20 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
         elif event["kind"] == "stall":
             outcome.stalled += event["seconds"]
             outcome.waited += event["waited"]
+        elif event["kind"] == "state":
+            view.say(
+                f"{event['name']} complete: {words.size(event['bytes'])} verified and uploaded in "
+                f"{words.duration(event['seconds'])}: `llmft resume {target.uri}` goes on from it"
+            )
         elif event["kind"] == "checkpoint":
             outcome.checkpoints.append(event)
             view.checkpoint(event)
 
-    trackers.start(folder, ready.plan.to_json())
+    if ready.job.resume is not None:
+        fetch_logs(target, folder)
+        trackers.resume(folder, ready.plan.to_json(), ready.job.resume.step)
+    else:
+        trackers.start(folder, ready.plan.to_json())
     try:
         with Keeper(folder, target, view.warn):
             try:
