@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft_core.checkpoint import state as states
 from llmft_core.checkpoint import publish, stored
+from llmft_core.checkpoint import state as states
 from llmft_core.checkpoint.stored_state import StoredState, newest_state, open_state
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.storage.lease import NAME as LEASE

@@ -178,6 +178,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
     trackers_folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))
     trackers = Trackers(tracker_list(ready), view.warn)
+    keeper = Keeper(folder, target, view.warn)
     outcome = Outcome(ready.plan.storage)
     started = time.monotonic()
 
@@ -197,6 +198,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             outcome.stalled += event["seconds"]
             outcome.waited += event["waited"]
         elif event["kind"] == "state":
+            keeper.soon()
             view.say(
                 f"{event['name']} complete: {words.size(event['bytes'])} verified and uploaded in "
                 f"{words.duration(event['seconds'])}: `llmft resume {target.uri}` goes on from it"
@@ -211,7 +213,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
     else:
         trackers.start(folder, ready.plan.to_json())
     try:
-        with Keeper(folder, target, view.warn):
+        with keeper:
             try:
                 with view:
                     launch(ready.job, ready.cluster, folders, on_event)
