@@ -25,9 +25,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
         print_help(reaching.parser)
         return 0
     if not words:
-        raise InputError(
-            f"no run is given: write the folder or URI of a run, or of one of its states, first: {EXAMPLE}"
-        )
+        raise InputError(f"no run is given: write its folder or URI, or that of one of its states, first: {EXAMPLE}")
     if not reaching.debug:
         quiet()
     from llmft_core.report.summary import summary

@@ -16,6 +16,7 @@ class Watch:
         self._errors: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
         self._complete: list[str] = []  # URIs of checkpoints
+        self._state = ""  # URI of the newest state
 
     def handle(self, event: dict[str, Any]) -> None:
         """One event of a rank."""
@@ -26,10 +27,15 @@ class Watch:
         else:
             if event["kind"] == "checkpoint":
                 self._complete.append(event["uri"])
+            elif event["kind"] == "state":
+                self._state = event["uri"]
             self._pass_on(event)
 
     def kept(self) -> str:
         """What there is to go on from."""
+        if self._state:
+            run, _, name = self._state.rpartition("/")
+            return f"`llmft resume {run}` goes on from {name}"
         last = self._complete[-1:]
         return f"the last complete checkpoint is {last[0]}" if last else "no checkpoint was complete yet"
 
