@@ -167,6 +167,9 @@ class RunPlan(Options):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="GPUs of each worker; 0 trains on CPU; default: 1 where the cluster has GPUs"
     )
+    max_failures: NotNegative = Field(
+        0, description="start the workers again so many times after one was lost, from the newest state; Ray only"
+    )
     cluster: str = Field(
         "auto", description="auto (RAY_ADDRESS if set, else local), local (start Ray on this machine), or an ADDRESS"
     )

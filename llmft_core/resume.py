@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft_core.checkpoint import publish, stored
 from llmft_core.checkpoint import state as states
+from llmft_core.checkpoint import stored
+from llmft_core.checkpoint.leftovers import next_numbers
 from llmft_core.checkpoint.stored_state import StoredState, newest_state, open_state
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.storage.lease import NAME as LEASE
 from llmft_core.storage.places import Place
-from llmft_core.storage.transfer import delete_folder, download_many, exists, list_files, read_bytes
+from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
 from llmft_core.train.job import Resume
 
 DESCRIPTION = "plan.json"
@@ -112,31 +112,9 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
         raise Problems(problems, f"{point.run.uri} cannot go on:")
 
 
-def sweep(run: Place) -> list[str]:
-    """Remove the run's checkpoints and states that were never completed, and nothing else; their names. The run's lease
-    is held: nobody is writing them."""
-    files = list_files(run)
-    folders: dict[str, set[str]] = {}
-    for path in files:
-        folder, _, file = path.partition("/")
-        folders.setdefault(folder, set()).add(file)
-    kinds = ((stored.NAME, publish.MARKER), (states.NAME, states.MARKER))
-    unfinished = [
-        folder
-        for folder, there in folders.items()
-        if any(name.fullmatch(folder) and marker not in there for name, marker in kinds)
-    ]
-    for folder in unfinished:
-        delete_folder(run / folder)
-    return sorted(unfinished)
-
-
 def resume_at(point: Point) -> Resume:
     """The numbers from which the run goes on. What was written after the state is kept: new folders come after it."""
-    numbers: dict[str, int] = {"checkpoint": 0, "state": 0}
-    for path in list_files(point.run):
-        if found := re.fullmatch(r"(checkpoint|state)_(\d+)", path.partition("/")[0]):
-            numbers[found[1]] = max(numbers[found[1]], int(found[2]) + 1)
+    numbers = next_numbers(point.run)
     step = point.state.progress.step
     return Resume(point.state.place.uri, step, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.leftovers import sweep
 from llmft_core.errors import InputError, Problems
 from llmft_core.extensions import Tracker
 from llmft_core.head import head, warnings
@@ -25,7 +26,7 @@ from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.report.transfers import transfer_bar
-from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at, sweep
+from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
@@ -187,6 +188,10 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             view.phase(event["text"])
         elif event["kind"] == "warning":
             view.warn(event["text"])
+        elif event["kind"] == "restarted":
+            view.warn(restart_line(outcome, event["step"]))
+            trackers.finish()
+            trackers.resume(folder, ready.plan.to_json(), event["step"])
         elif event["kind"] == "metrics":
             note(outcome, event)
             view.metrics(event["step"], event["epoch"], event["metrics"])
@@ -199,6 +204,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             outcome.waited += event["waited"]
         elif event["kind"] == "state":
             keeper.soon()
+            outcome.lately = [(done, seconds) for done, seconds in outcome.lately if done > event["step"]]
             view.say(
                 f"{event['name']} complete: {words.size(event['bytes'])} verified and uploaded in "
                 f"{words.duration(event['seconds'])}: `llmft resume {target.uri}` goes on from it"
@@ -224,6 +230,16 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
     return outcome
 
 
+def restart_line(outcome: Outcome, step: int) -> str:
+    """What a failure cost."""
+    lost = [seconds for done, seconds in outcome.lately if done > step]
+    outcome.lately.clear()
+    return (
+        f"the workers were started again and go on after optimizer step {step}: "
+        f"{words.counted(len(lost), 'step')} of {words.duration(sum(lost))} are done again"
+    )
+
+
 def claim(target: Place, described: bytes) -> None:
     """Write plan.json, which makes the name this run's. Where the store can, only one of two runs that come at once
     gets it; raises InputError in the other. Elsewhere preflight's look is all there is."""
@@ -240,6 +256,7 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.last_loss = metrics["train/loss"]
     outcome.steps = event["step"]
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
+    outcome.lately.append((event["step"], metrics["train/step_seconds"]))
 
 
 def tracker_list(ready: Ready) -> list[Tracker]:

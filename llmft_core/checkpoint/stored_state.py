@@ -37,9 +37,9 @@ def list_states(run: Place) -> dict[int, bool]:
     return found
 
 
-def newest_state(run: Place) -> Place | None:
-    """The complete state with the highest number; incomplete ones are not looked at."""
-    complete = [number for number, whole in list_states(run).items() if whole]
+def newest_state(run: Place, first: int = 0) -> Place | None:
+    """The complete state with the highest number, `first` at least; incomplete ones are not looked at."""
+    complete = [number for number, whole in list_states(run).items() if whole and number >= first]
     return run / f"state_{max(complete):05d}" if complete else None
 
 

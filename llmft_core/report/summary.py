@@ -31,6 +31,8 @@ class Outcome:
     """Of them, seconds of waiting until the checkpoint before was published."""
     step_seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     """Seconds of each optimizer step, by whether a checkpoint was being published meanwhile."""
+    lately: list[tuple[int, float]] = field(default_factory=list)
+    """(optimizer steps done, seconds) of each step since the last state: what a failure now would cost."""
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmft_core.errors import LlmftError
 from llmft_core.train.cluster import last_line
 from llmft_core.train.mailbox import OnEvent
 
@@ -24,12 +25,24 @@ class Watch:
             self._errors.append(event)
         elif event["kind"] == "rank":
             self._hosts[event["rank"]] = event["host"]
+        elif event["kind"] == "failed":
+            who = ", ".join(map(self._named, event["ranks"]))
+            self._pass_on({"kind": "warning", "text": f"{who} failed or was lost; {self.kept()}"})
+        elif event["kind"] == "restarted":
+            self._errors.clear()  # of ranks that are gone
+            self._pass_on(event)
         else:
             if event["kind"] == "checkpoint":
                 self._complete.append(event["uri"])
             elif event["kind"] == "state":
                 self._state = event["uri"]
             self._pass_on(event)
+
+    def raise_given_up(self) -> None:
+        """Raises LlmftError where the ranks were started again after an error of ours, and ended at once."""
+        ours = next((event for event in self._errors if event["ours"]), None)
+        if ours is not None:
+            raise LlmftError(f"{self._named(ours['rank'])}: {ours['message']}; {self.kept()}")
 
     def kept(self) -> str:
         """What there is to go on from."""

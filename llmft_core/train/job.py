@@ -16,7 +16,7 @@ class Resume:
     """Where a run goes on, instead of at its beginning."""
 
     state: str
-    """URI of the complete state."""
+    """URI of the complete state; empty: the run was started again before it had one, and begins anew."""
     step: int
     """Optimizer steps done by then."""
     next_state: int
@@ -75,8 +75,8 @@ class Reporter(Protocol):
 
     def send(self, event: dict[str, Any]) -> None:
         """Events have a `kind`: phase (`text`), warning (`text`), metrics (`step`, `epoch`, `metrics`, `publishing`: a
-        checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), stall (`seconds`
-        for which a checkpoint or state held training, of them `waited` for the one before), state (`name`, `uri`,
-        `step`, `seconds`, `bytes`),
-        removed (`name` of a checkpoint that is not kept); under Ray also rank (`rank`, `host`) and error (`message`,
+        checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), state (`name`,
+        `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
+        `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
+        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost) and error (`message`,
         `rank`, `ours`: whether it is an LlmftError)."""

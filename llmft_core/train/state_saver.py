@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ from llmft_core.weights.cache import cache_folder
 class StateSaver:
     """Numbers the states of a run. Every rank has one, as a context around training. No collective."""
 
-    def __init__(self, job: Job, engine: Engine, rank: int, reporter: Reporter, run: Place) -> None:
+    def __init__(
+        self, job: Job, engine: Engine, rank: int, reporter: Reporter, run: Place, checkpoints: Background | None = None
+    ) -> None:
+        """`checkpoints`: what publishes the run's checkpoints; a state is complete only after those before it."""
         self.job, self.engine, self.rank, self.reporter, self.run = job, engine, rank, reporter, run
+        self.checkpoints = checkpoints
         self.count = job.resume.next_state if job.resume else 0
         self.background = Background()
 
@@ -50,16 +55,19 @@ class StateSaver:
         progress = Progress(step, self.engine.counters())
         trained = {n for n, parameter in self.engine.bare_model.named_parameters() if parameter.requires_grad}
         shapes = {n: shape for n, shape in self.engine.shapes().items() if n in trained}
+        before = self.checkpoints.pending if self.checkpoints is not None else None
         taken = views(self.engine.fragments())
         size = bytes_of(taken)
         if has_room(size):
             taken = copies(taken)
-            self.background.submit(lambda: self._publish(name, *self._written(name, taken, progress), shapes, started))
+            self.background.submit(
+                lambda: self._publish(name, *self._written(name, taken, progress), shapes, step, started, before)
+            )
         else:
             text = f"{name}: no room for {words.size(size)} in the memory of {socket.gethostname()}: training waits"
             self.reporter.send({"kind": "warning", "text": f"{text} while rank {self.rank} writes"})
             folder, written = self._written(name, taken, progress)
-            self.background.submit(partial(self._publish, name, folder, written, shapes, started))
+            self.background.submit(partial(self._publish, name, folder, written, shapes, step, started, before))
         if self.rank == 0:
             self.reporter.send({"kind": "stall", "seconds": time.perf_counter() - started, "waited": waited})
 
@@ -84,15 +92,20 @@ class StateSaver:
         folder: Path,
         written: Mapping[str, Mapping[str, int]],
         shapes: Mapping[str, tuple[int, ...]],
+        step: int,
         started: float,
+        before: Future[None] | None,
     ) -> None:
+        if before is not None and (failed := before.exception()) is not None:
+            raise LlmftError(f"{name} is not published, because the checkpoint before it failed ({failed})")
         place, world_size = self.run / name, self.job.placement.world_size
         facts = {"provenance": dict(self.job.provenance)}
         size = publish_state(folder, place, self.rank, world_size, written, shapes, facts)
         if self.rank != 0:
             return
         seconds = time.perf_counter() - started
-        self.reporter.send({"kind": "state", "name": name, "uri": place.uri, "seconds": seconds, "bytes": size})
+        told = {"name": name, "uri": place.uri, "step": step, "seconds": seconds, "bytes": size}
+        self.reporter.send({"kind": "state", **told})
         complete = sorted(number for number, whole in list_states(self.run).items() if whole)
         for number in complete[: -self.job.plan.state.keep_last]:
             remove_state(self.run / f"state_{number:05d}")
