@@ -233,6 +233,15 @@ FillPartition = Callable[["torch.nn.Parameter", ReadElements], None]
 """`fill(parameter, read)` writes this rank's part of a parameter, and of its values reads only these."""
 
 
+Fragment = tuple[str, str, int, "torch.Tensor"]
+"""(parameter's name, kind, start, values): the elements [start, start + len(values)) of what the optimizer keeps of one
+parameter, flattened in row-major order. Kinds are `master` (the fp32 weights), `exp_avg` and `exp_avg_sq` (AdamW's
+moments). `values` is 1-d float32, on any device, and goes on changing with training."""
+
+ReadFragment = Callable[[str, str, int, "torch.Tensor"], None]
+"""`read(name, kind, start, into)` fills `into` (1-d float32, any device) with the elements from `start` on."""
+
+
 class Engine(ABC):
     """One rank's hold on the model under one strategy. The loop and the export know only this."""
 
@@ -298,6 +307,23 @@ class Engine(ABC):
     def gathered(self, names: Sequence[str], dtype: torch.dtype, rank: int = 0) -> dict[str, torch.Tensor]:
         """Full copies of these parameters in host memory, on this one rank ({} on the others). Collective: all ranks
         call it with the same arguments. Cast to `dtype` from the most precise copy there is."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank holds of the optimizer's state, after a step: together the ranks yield every element of every
+        trained parameter exactly once. Before the first step that was applied there are masters alone. Not collective:
+        nothing is gathered."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, float]:
+        """What else the next step depends on, equal on all ranks: `optimizer_steps` (those that were applied), and in
+        fp16 what the loss scaler remembers."""
+
+    @abstractmethod
+    def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
+        """After `prepare`, before the first step: take masters, moments and counters from a state, whatever strategy
+        and world size wrote it, reading no more than this rank holds. The weights that the model computes with follow
+        the masters. All ranks call it."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -372,6 +398,11 @@ class Tracker(Extension, ABC):
     def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """`folder` is local, the tracker's to write to, and is copied to the run's storage now and then and at the
         end."""
+
+    def resume(self, folder: Path, plan: Mapping[str, Any], step: int) -> None:
+        """Instead of `start`, where a run goes on after optimizer step `step`: what it logged so far lies in `folder`
+        again, and what was logged after that step is taken back, since it will be logged anew."""
+        self.start(folder, plan)
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -124,6 +124,14 @@ class CheckpointOptions(Options):
     )
 
 
+class StateOptions(Options):
+    """When the state for exact resume is written: fp32 masters, moments and counters, 12 bytes a trained parameter."""
+
+    every_steps: NotNegative = Field(0, description="write a state after so many optimizer steps; 0: never by steps")
+    every_minutes: float = Field(60.0, ge=0, description="write a state after so many minutes; 0: never by time")
+    keep_last: Positive = Field(1, description="keep so many of the newest states")
+
+
 class RunPlan(Options):
     """One run. Fields that are None are decided by what the cluster has, before anything is written."""
 
@@ -187,12 +195,16 @@ class RunPlan(Options):
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="GPUs of each worker; 0 trains on CPU; default: 1 where the cluster has GPUs"
     )
+    max_failures: NotNegative = Field(
+        0, description="start the workers again so many times after one was lost, from the newest state; Ray only"
+    )
     cluster: str = Field(
         "auto", description="auto (RAY_ADDRESS if set, else local), local (start Ray on this machine), or an ADDRESS"
     )
 
     data: DataOptions = Field(DataOptions(), description="what becomes of rows")
     checkpoint: CheckpointOptions = Field(CheckpointOptions(), description="checkpoints")
+    state: StateOptions = Field(StateOptions(), description="state for exact resume")
     smoke_test: bool = Field(
         False, description="one optimizer step, one evaluation batch and a full checkpoint: proves the pipeline"
     )

@@ -21,12 +21,12 @@ from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.stage import comes_from_place
 
 
-def storage_problems(plan: RunPlan, places: Places) -> list[Problem]:
-    """Whether the run's storage takes, returns and deletes an object, and whether the run's name is free."""
+def storage_problems(plan: RunPlan, places: Places, *, new: bool = True) -> list[Problem]:
+    """Whether the run's storage takes, returns and deletes an object, and whether a new run's name is free."""
     try:
         runs = places.runs()
         probe(runs)
-        if plan.name and list_files(runs / plan.name):
+        if new and plan.name and list_files(runs / plan.name):
             return [
                 Problem("name", f"{(runs / plan.name).uri} exists already: choose another --name, or remove that run")
             ]

@@ -62,8 +62,11 @@ class Ready:
         return self.size.parameters * BYTES_OF[written_type(self.plan)]
 
 
-def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None]) -> Ready:
-    """Check everything and prepare the data. Raises Problems: all that is wrong, together.
+def make_ready(
+    plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None], resumed: bool = False
+) -> Ready:
+    """Check everything and prepare the data. Raises Problems: all that is wrong, together. `resumed`: the run is there
+    already, and goes on.
 
     Writes to this machine's cache, and a probe object to the run's storage that is deleted again; nothing else.
     """
@@ -73,7 +76,7 @@ def make_ready(plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[s
     asked = plan.micro_batch
     plan = placed[0] if placed else plan
     places = Places(catalog, plan.storage, plan.backends)
-    problems += storage_problems(plan, places)
+    problems += storage_problems(plan, places, new=not resumed)
     problems += sharing_problems(plan, cluster, catalog)
     if plan.data.engine == "ray" and cluster.address in ("", "local"):
         why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"

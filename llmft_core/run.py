@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.leftovers import sweep
 from llmft_core.errors import InputError, Problems
 from llmft_core.extensions import Tracker
 from llmft_core.head import head, warnings
@@ -24,6 +25,7 @@ from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.report.transfers import transfer_bar
+from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
@@ -37,9 +39,13 @@ from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
 
 
-def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
-    """Train as the plan says. Raises InputError before anything is started, LlmftError after, Interrupted."""
-    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True))
+def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | None = None) -> Outcome:
+    """Train as the plan says, from the beginning or from a point of an earlier run of this name. Raises InputError
+    before anything is started, LlmftError after, Interrupted."""
+    resumed = point is not None
+    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
+    if point is not None:
+        check_inputs(point, ready.job.provenance, ready.job.total_steps)
     view = LiveView(ready.job.total_steps, ready.job.epochs)
     show_head(ready, view)
     view.phase("starting" if ready.cluster.address == "" else "starting workers")
@@ -51,7 +57,7 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False) -> Outcome:
             if problems:
                 raise Problems(problems)
             job, folders = stage(ready, cluster, view)
-            return train(replace(ready, cluster=cluster, job=job), folders, view)
+            return train(replace(ready, cluster=cluster, job=job), folders, view, point)
     finally:
         stop(cluster)
 
@@ -120,11 +126,19 @@ def stage_on_node(
     return {"model": str(model.path), **{name: str(cache_folder() / key) for name, key in keys.items()}}
 
 
-def train(ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView) -> Outcome:
-    """Claim the run's name in storage, and train while its lease is ours."""
+def train(
+    ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView, point: Point | None = None
+) -> Outcome:
+    """Claim the run's name in storage, or go on with what is there, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
     with Lease(target, view.warn):
+        if point is not None:
+            swept = sweep(target)
+            for name in swept:
+                view.say(f"{name} removed: it was never complete")
+            ready = replace(ready, job=replace(ready.job, resume=resume_at(point)))
+            return follow(ready, folders, target, view)
         claim(target, (json.dumps(described, indent=2) + "\n").encode())
         return follow(ready, folders, target, view)
 
@@ -150,6 +164,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
     trackers_folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))
     trackers = Trackers(tracker_list(ready), view.warn)
+    keeper = Keeper(folder, target, view.warn)
     outcome = Outcome(ready.plan.storage)
     started = time.monotonic()
 
@@ -158,6 +173,10 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             view.phase(event["text"])
         elif event["kind"] == "warning":
             view.warn(event["text"])
+        elif event["kind"] == "restarted":
+            view.warn(restart_line(outcome, event["step"]))
+            trackers.finish()
+            trackers.resume(folder, ready.plan.to_json(), event["step"])
         elif event["kind"] == "metrics":
             note(outcome, event)
             view.metrics(event["step"], event["epoch"], event["metrics"])
@@ -168,13 +187,24 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
         elif event["kind"] == "stall":
             outcome.stalled += event["seconds"]
             outcome.waited += event["waited"]
+        elif event["kind"] == "state":
+            keeper.soon()
+            outcome.lately = [(done, seconds) for done, seconds in outcome.lately if done > event["step"]]
+            view.say(
+                f"{event['name']} complete: {words.size(event['bytes'])} verified and uploaded in "
+                f"{words.duration(event['seconds'])}: `llmft resume {target.uri}` goes on from it"
+            )
         elif event["kind"] == "checkpoint":
             outcome.checkpoints.append(event)
             view.checkpoint(event)
 
-    trackers.start(folder, ready.plan.to_json())
+    if ready.job.resume is not None:
+        fetch_logs(target, folder)
+        trackers.resume(folder, ready.plan.to_json(), ready.job.resume.step)
+    else:
+        trackers.start(folder, ready.plan.to_json())
     try:
-        with Keeper(folder, target, view.warn):
+        with keeper:
             try:
                 with view:
                     launch(ready.job, ready.cluster, folders, on_event)
@@ -183,6 +213,16 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
     finally:
         outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def restart_line(outcome: Outcome, step: int) -> str:
+    """What a failure cost."""
+    lost = [seconds for done, seconds in outcome.lately if done > step]
+    outcome.lately.clear()
+    return (
+        f"the workers were started again and go on after optimizer step {step}: "
+        f"{words.counted(len(lost), 'step')} of {words.duration(sum(lost))} are done again"
+    )
 
 
 def claim(target: Place, described: bytes) -> None:
@@ -202,6 +242,7 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.steps = event["step"]
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
     outcome.data_seconds += metrics["train/data_seconds"]
+    outcome.lately.append((event["step"], metrics["train/step_seconds"]))
 
 
 def tracker_list(ready: Ready) -> list[Tracker]:

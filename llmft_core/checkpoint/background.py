@@ -23,6 +23,11 @@ class Background:
         """Whether something is under way."""
         return self._pending is not None and not self._pending.done()
 
+    @property
+    def pending(self) -> Future[None] | None:
+        """What is under way, or has ended and was not waited for yet."""
+        return self._pending
+
     def submit(self, work: Callable[[], None]) -> None:
         """Begin; returns at once unless the work before is still under way. Raises the LlmftError of that."""
         self.wait()

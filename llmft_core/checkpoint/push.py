@@ -11,9 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmft_core.checkpoint.publish import MANIFEST, MARKER, PART, describe, verify_folder
+from llmft_core.checkpoint.publish import MARKER, verify_folder
 from llmft_core.checkpoint.staging import PARTIAL
 from llmft_core.checkpoint.stored import read_manifest, verify_stored
+from llmft_core.checkpoint.together import MANIFEST, PART, describe
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.check import check_files
 from llmft_core.storage.engine import Progress

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft_core.checkpoint.publish import MANIFEST, MARKER
+from llmft_core.checkpoint.publish import MARKER
+from llmft_core.checkpoint.together import MANIFEST
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.check import check_files
 from llmft_core.storage.places import Place, checked_name
@@ -57,19 +58,22 @@ def read_manifest(place: Place) -> dict[str, Any]:
             f"{place.uri} is not a complete checkpoint (it has no {MARKER}): give a checkpoint_NNNNN folder, "
             "`llmft checkpoint list` shows which are complete"
         )
+    return vouched_manifest(place, MARKER)
+
+
+def vouched_manifest(place: Place, marker: str) -> dict[str, Any]:
+    """The manifest of a complete folder. Raises LlmftError where it is not the one that the marker vouches for."""
     text = read_bytes(place / MANIFEST)
     try:
-        promised = json.loads(read_bytes(place / MARKER))["manifest_sha256"]
+        promised = json.loads(read_bytes(place / marker))["manifest_sha256"]
         manifest: dict[str, Any] = json.loads(text)
         files = {checked_name(name): (int(d["bytes"]), str(d["sha256"])) for name, d in manifest["files"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise LlmftError(
-            f"{place.uri}: {MANIFEST} or {MARKER} is damaged ({error}): do not use this checkpoint"
+            f"{place.uri}: {MANIFEST} or {marker} is damaged ({error}): do not use what is there"
         ) from None
     if hashlib.sha256(text).hexdigest() != promised or not files:
-        raise LlmftError(
-            f"{place.uri}: {MANIFEST} is not the one that {MARKER} vouches for: do not use this checkpoint"
-        )
+        raise LlmftError(f"{place.uri}: {MANIFEST} is not the one that {marker} vouches for: do not use what is there")
     return manifest
 
 

@@ -69,9 +69,11 @@ class Given:
         return plan
 
 
-def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, prog: str) -> Given:
-    """Read argv, `llmft.yaml` in `folder`, `--plan` and the environment. Raises InputError where no plan can be made
-    of them at all; other problems are collected."""
+def read_flags(
+    argv: Sequence[str], environ: Mapping[str, str], folder: Path, prog: str, saved: Layer | None = None
+) -> Given:
+    """Read argv, `llmft.yaml` in `folder`, `--plan` and the environment; or argv over a `saved` plan, and nothing else.
+    Raises InputError where no plan can be made of them at all; other problems are collected."""
     first = Parser(prog=prog)
     add_program_flags(first)
     for kind in SELECTORS:
@@ -79,7 +81,9 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str], folder: Path, pr
     early, _ = first.parse_known_args(list(argv))
 
     files = [read_plan_file(folder / PROJECT_FILE, PROJECT_FILE)] if (folder / PROJECT_FILE).is_file() else []
-    if early.plan is not None and "://" in early.plan:
+    if saved is not None:
+        files, environ = [saved], {}
+    elif early.plan is not None and "://" in early.plan:
         files.append(fetch_plan(early.plan, argv, environ, files, early))
     elif early.plan is not None:
         files.append(read_plan_file(Path(early.plan)))

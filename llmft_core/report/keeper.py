@@ -24,15 +24,21 @@ class Keeper:
         self._folder, self._target, self._warn, self._every = folder, target, warn, every
         self._sent: dict[Path, tuple[int, int]] = {}
         self._failing = False
-        self._ending = threading.Event()
+        self._ending = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._work, name="llmft-keeper", daemon=True)
 
     def __enter__(self) -> Keeper:
         self._thread.start()
         return self
 
+    def soon(self) -> None:
+        """Copy now rather than later, in the background: a run that goes on from a state finds what led to it."""
+        self._wake.set()
+
     def __exit__(self, *_: object) -> None:
-        self._ending.set()
+        self._ending = True
+        self._wake.set()
         self._thread.join()
         try:
             self.copy()
@@ -56,7 +62,11 @@ class Keeper:
         self._sent |= changed
 
     def _work(self) -> None:
-        while not self._ending.wait(self._every):
+        while True:
+            self._wake.wait(self._every)
+            self._wake.clear()
+            if self._ending:
+                return
             try:
                 self.copy()
                 self._failing = False

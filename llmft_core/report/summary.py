@@ -35,6 +35,8 @@ class Outcome:
     """Seconds for which the optimizer steps waited for their batches."""
     step_seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     """Seconds of each optimizer step, by whether a checkpoint was being published meanwhile."""
+    lately: list[tuple[int, float]] = field(default_factory=list)
+    """(optimizer steps done, seconds) of each step since the last state: what a failure now would cost."""
 
     @property
     def best(self) -> dict[str, Any] | None:

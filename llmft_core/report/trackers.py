@@ -21,6 +21,10 @@ class Trackers:
         folder.mkdir(parents=True, exist_ok=True)
         self._each(lambda tracker: tracker.start(folder, plan))
 
+    def resume(self, folder: Path, plan: Mapping[str, Any], step: int) -> None:
+        """As `start`, where a run goes on after optimizer step `step`."""
+        self._each(lambda tracker: tracker.resume(folder, plan, step))
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers after optimizer step `step`."""
         self._each(lambda tracker: tracker.log(metrics, step))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import create, delete, exists, read_bytes, write_bytes
@@ -45,11 +47,17 @@ class Holder:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, last heard of {max(0.0, self.age):.0f} s ago"
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody has been heard of for `TTL` seconds, or this machine knows that the process has ended."""
+        here = self.host == socket.gethostname()
+        return self.age >= TTL or (here and not psutil.pid_exists(self.pid))
+
 
 def holder_of(run: Place) -> Holder | None:
-    """Who writes a run now; None where nobody does, or nobody has been heard of for `TTL` seconds."""
+    """Who writes a run now; None where nobody does."""
     found = _read(run)
-    return found if found is not None and found.age < TTL else None
+    return found if found is not None and not found.gone else None
 
 
 def interrupt() -> None:

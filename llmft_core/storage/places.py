@@ -53,6 +53,11 @@ class Place:
         return self.backend.uri(self.path)
 
     @property
+    def parent(self) -> Place:
+        """The folder that it lies in."""
+        return Place(self.backend, self.path.rpartition("/")[0])
+
+    @property
     def name(self) -> str:
         """The last part of the path."""
         return self.path.rpartition("/")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmft_core.errors import LlmftError
 from llmft_core.train.cluster import last_line
 from llmft_core.train.mailbox import OnEvent
 
@@ -16,6 +17,7 @@ class Watch:
         self._errors: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
         self._complete: list[str] = []  # URIs of checkpoints
+        self._state = ""  # URI of the newest state
 
     def handle(self, event: dict[str, Any]) -> None:
         """One event of a rank."""
@@ -23,13 +25,30 @@ class Watch:
             self._errors.append(event)
         elif event["kind"] == "rank":
             self._hosts[event["rank"]] = event["host"]
+        elif event["kind"] == "failed":
+            who = ", ".join(map(self._named, event["ranks"]))
+            self._pass_on({"kind": "warning", "text": f"{who} failed or was lost; {self.kept()}"})
+        elif event["kind"] == "restarted":
+            self._errors.clear()  # of ranks that are gone
+            self._pass_on(event)
         else:
             if event["kind"] == "checkpoint":
                 self._complete.append(event["uri"])
+            elif event["kind"] == "state":
+                self._state = event["uri"]
             self._pass_on(event)
+
+    def raise_given_up(self) -> None:
+        """Raises LlmftError where the ranks were started again after an error of ours, and ended at once."""
+        ours = next((event for event in self._errors if event["ours"]), None)
+        if ours is not None:
+            raise LlmftError(f"{self._named(ours['rank'])}: {ours['message']}; {self.kept()}")
 
     def kept(self) -> str:
         """What there is to go on from."""
+        if self._state:
+            run, _, name = self._state.rpartition("/")
+            return f"`llmft resume {run}` goes on from {name}"
         last = self._complete[-1:]
         return f"the last complete checkpoint is {last[0]}" if last else "no checkpoint was complete yet"
 

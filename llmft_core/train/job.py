@@ -15,6 +15,19 @@ from llmft_core.values import Placement
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where a run goes on, instead of at its beginning."""
+
+    state: str
+    """URI of the complete state; empty: the run was started again before it had one, and begins anew."""
+    step: int
+    """Optimizer steps done by then."""
+    next_state: int
+    next_checkpoint: int
+    """Numbers that no folder of the run has yet: what was written after the state stays as it is."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One training job, equal on all ranks of a node; the three folders are this node's copies."""
 
@@ -32,6 +45,7 @@ class Job:
     model: Path
     data: Path
     tokenizer: Path
+    resume: Resume | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,6 +77,7 @@ class Job:
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
             "placement": asdict(self.placement),
+            "resume": asdict(self.resume) if self.resume else None,
         }
 
     @classmethod
@@ -75,6 +90,7 @@ class Job:
                 "placement": Placement(**data["placement"]),
                 "epoch_steps": tuple(data["epoch_steps"]),
                 "stop_ids": tuple(data["stop_ids"]),
+                "resume": Resume(**data["resume"]) if data["resume"] else None,
                 **{name: Path(data[name]) for name in ("model", "data", "tokenizer")},
             }
         )
@@ -85,7 +101,8 @@ class Reporter(Protocol):
 
     def send(self, event: dict[str, Any]) -> None:
         """Events have a `kind`: phase (`text`), warning (`text`), metrics (`step`, `epoch`, `metrics`, `publishing`: a
-        checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), stall (`seconds`
-        for which a checkpoint held training, of them `waited` for the one before),
-        removed (`name` of a checkpoint that is not kept); under Ray also rank (`rank`, `host`) and error (`message`,
+        checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), state (`name`,
+        `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
+        `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
+        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost) and error (`message`,
         `rank`, `ours`: whether it is an LlmftError)."""

@@ -76,6 +76,8 @@ def rank_main(config: dict[str, Any]) -> None:
 
     from llmft_core.train.worker import train_rank
 
+    if ray.get(config["mailbox"].is_given_up.remote()):
+        return
     node = ray.get_runtime_context().get_node_id()
     rank = ray.train.get_context().get_world_rank()
     reporter = MailboxReporter(config["mailbox"])
@@ -97,11 +99,18 @@ def rank_main(config: dict[str, Any]) -> None:
 def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent) -> None:
     """Ray Train V2. Its own checkpoints are not used: our marker is the truth, and our uploads are verified."""
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     watch = Watch(on_event)
+
+    class TellFailures(UserCallback):  # type: ignore[misc]
+        """Runs in Ray Train's controller: `fit` says nothing of failures that were survived."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            mailbox.put.remote({"kind": "failed", "ranks": sorted(worker_exceptions)})
+
     on_gpu = job.placement.device == "cuda"
     with tempfile.TemporaryDirectory(prefix="llmft-ray-") as scratch:
         trainer = TorchTrainer(
@@ -112,7 +121,12 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
                 use_gpu=on_gpu,
                 resources_per_worker={"CPU": threads(cluster, job), **({"GPU": 1} if on_gpu else {})},
             ),
-            run_config=RunConfig(name=job.plan.name, storage_path=str(Path(scratch))),
+            run_config=RunConfig(
+                name=job.plan.name,
+                storage_path=str(Path(scratch)),
+                failure_config=FailureConfig(max_failures=job.plan.max_failures),
+                callbacks=[TellFailures()],
+            ),
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=3600),
         )
         reader = MailReader(mailbox, watch.handle)
@@ -127,6 +141,7 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
             raise LlmftError(watch.explained(error)) from error
         finally:
             reader.finish()
+        watch.raise_given_up()
 
 
 def threads(cluster: Cluster, job: Job) -> int:

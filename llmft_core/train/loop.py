@@ -29,8 +29,21 @@ Save = Callable[[int, int, dict[str, float]], None]
 """Write a checkpoint after (optimizer steps done, epoch, metrics). Collective."""
 
 
-def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Reporter, save: Save) -> None:
-    """Train from the first optimizer step to the last, evaluating and saving where the plan says so."""
+SaveState = Callable[[int], None]
+"""Write a state after so many optimizer steps. Called on all ranks; not collective."""
+
+
+def train(
+    job: Job,
+    engine: Engine,
+    data: PreparedData,
+    rank: int,
+    reporter: Reporter,
+    save: Save,
+    save_state: SaveState | None = None,
+) -> None:
+    """Train from the first optimizer step, or the one after the state that was restored, to the last, evaluating and
+    saving where the plan says so."""
     plan, placement = job.plan, job.placement
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
     form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
@@ -38,10 +51,12 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
         check_isolation(job, engine, device)
     order = Order.of(data.train, plan, mix_of(data))
     latest: dict[str, float] = {}
-    for step in range(job.total_steps):
+    first = job.resume.step if job.resume else 0
+    state_written = time.monotonic()
+    for step in range(first, job.total_steps):
         started = time.perf_counter()
         epoch, step_of_epoch = job.locate(step)
-        if step_of_epoch == 0 or step == 0:
+        if step_of_epoch == 0 or step == first:
             in_order = order.epoch(epoch)
         rows = in_order.step(step_of_epoch, placement.global_batch)
         tokens = trained_tokens(data.train, rows)  # over all ranks and micro-batches: what the loss is a mean over
@@ -56,7 +71,12 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
             engine.backward(share, last=number == placement.accumulation - 1)
             loss += share.detach()
         outcome = engine.step()
-        dist.all_reduce(loss)
+        # Rank 0's clock decides for all when a state is due, and its word travels with the loss.
+        minutes = (time.monotonic() - state_written) / 60
+        by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
+        summed = torch.stack([loss, torch.tensor(float(by_time), device=device)])
+        dist.all_reduce(summed)
+        loss, state_due = summed[0], bool(summed[1])
         check_step(step, float(loss), outcome.grad_norm, outcome.applied, may_skip=plan.precision == "fp16")
 
         seconds = time.perf_counter() - started
@@ -80,6 +100,9 @@ def train(job: Job, engine: Engine, data: PreparedData, rank: int, reporter: Rep
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
             save(done, epoch, latest)
+        if save_state is not None and (due["state"] or state_due) and done < job.total_steps:
+            save_state(done)
+            state_written = time.monotonic()
 
 
 class Waited:
@@ -109,6 +132,7 @@ def is_due(job: Job, done: int, epoch: int, epoch_ends: bool) -> dict[str, bool]
         "save": last
         or bool(every and epoch_ends and (epoch + 1) % every == 0)
         or bool(plan.checkpoint.every_steps and done % plan.checkpoint.every_steps == 0),
+        "state": bool(plan.state.every_steps and done % plan.state.every_steps == 0),
     }
 
 

@@ -16,9 +16,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.given_up = False
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+        self.given_up = self.given_up or (event.get("kind") == "error" and event["ours"])
+
+    def is_given_up(self) -> bool:
+        """Whether a rank has said what is wrong in llmft's own words: starting it again would end alike."""
+        return self.given_up
 
     def take(self) -> list[dict[str, Any]]:
         taken, self.events = self.events, []

@@ -19,6 +19,7 @@ from llmft_core.checkpoint.publish import publish, publish_part
 from llmft_core.checkpoint.retention import Published, expendable, remove
 from llmft_core.checkpoint.snapshot import Keep, Layout, gather, lay_out
 from llmft_core.checkpoint.staging import Staging
+from llmft_core.checkpoint.stored import list_checkpoints, read_manifest
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.report import words
@@ -36,8 +37,9 @@ class Saver:
 
     def __init__(self, job: Job, engine: Engine, rank: int, reporter: Reporter, run: Place) -> None:
         self.job, self.engine, self.rank, self.reporter, self.run = job, engine, rank, reporter, run
-        self.count = 0
-        self.published: list[Published] = []
+        self.count = job.resume.next_checkpoint if job.resume else 0
+        # Retention decides over what lies there already too.
+        self.published = published_before(run) if job.resume and rank == 0 else []
         self.background = Background()
 
     def send(self, event: dict[str, Any]) -> None:
@@ -134,6 +136,12 @@ class Saver:
 
     def __exit__(self, *error: Any) -> None:
         self.background.__exit__(*error)
+
+
+def published_before(run: Place) -> list[Published]:
+    """The complete checkpoints of a run that is resumed, in order."""
+    found = [one for one in list_checkpoints(run) if one.complete]
+    return [Published(one.place, read_manifest(one.place).get("metrics", {})) for one in found]
 
 
 def has_room(size: int) -> bool:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.leftovers import next_numbers, sweep
+from llmft_core.checkpoint.stored_state import forget, newest_state, open_state, restore
 from llmft_core.data.prepare import PreparedData
 from llmft_core.errors import LlmftError
-from llmft_core.extensions import Method, Strategy
+from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
-from llmft_core.storage.places import Places
-from llmft_core.train.job import Job, Reporter
+from llmft_core.storage.places import Place, Places
+from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import train
 from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
+from llmft_core.train.state_saver import StateSaver
+from llmft_core.weights.cache import cache_folder
 
 
 def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
@@ -31,6 +36,9 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         raise LlmftError(f"process group has {world_size} ranks, the plan {job.placement.world_size}")
     plan = job.plan
     catalog = Catalog(load_plugins(plan.disable_plugin))
+    places = Places(catalog, plan.storage, plan.backends)
+    run = places.runs() / plan.name
+    job = as_it_stands(job, run, rank, reporter)
     strategy: Strategy = catalog.create("strategy", plan.strategy or {})
     method: Method = catalog.create("method", plan.method)
     data = PreparedData.open(job.data)
@@ -46,9 +54,14 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         tell("phase", "loading the model")
         model = method.apply(build_model(job, engine, partial(tell, "warning")))
         engine.prepare(model, optimizer_maker(plan, job.placement.device))
-        run = Places(catalog, plan.storage, plan.backends).runs() / plan.name
-        with Saver(job, engine, rank, reporter, run) as saver:
-            train(job, engine, data, rank, saver, saver.save)
+        if job.resume is not None and job.resume.state:
+            tell("phase", f"restoring the state of step {job.resume.step}")
+            restore_state(places.place(job.resume.state), engine)
+        with (
+            Saver(job, engine, rank, reporter, run) as saver,
+            StateSaver(job, engine, rank, saver, run, saver.background) as states,
+        ):
+            train(job, engine, data, rank, saver, saver.save, states.save)
     except torch.OutOfMemoryError as error:
         raise LlmftError(
             f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
@@ -57,6 +70,31 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         ) from error
     finally:
         engine.finish()
+
+
+def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter) -> Job:
+    """The job, or where it goes on after the launcher has started the ranks again: from the newest state that was
+    written since the launch, or as the launch began. Collective."""
+    answer: list[Resume | None] = [None]
+    if rank == 0:
+        began = job.resume or Resume("", 0, 0, 0)
+        numbers = next_numbers(run)
+        if (numbers["state"], numbers["checkpoint"]) != (began.next_state, began.next_checkpoint):
+            sweep(run)  # of the ranks that are gone
+            place = newest_state(run, began.next_state)
+            uri, step = (place.uri, open_state(place).progress.step) if place is not None else (began.state, began.step)
+            answer = [Resume(uri, step, numbers["state"], numbers["checkpoint"])]
+            reporter.send({"kind": "restarted", "step": step})
+    dist.broadcast_object_list(answer, src=0)
+    return job if answer[0] is None else replace(job, resume=answer[0])
+
+
+def restore_state(place: Place, engine: Engine) -> None:
+    """This rank's part of a state, in storage until now. Collective."""
+    state = open_state(place)
+    restore(state, engine, cache_folder())
+    dist.barrier()  # all ranks of this node have read its copies
+    forget(state, cache_folder())
 
 
 def check_gpus(job: Job) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from llmft_core import Engine, LlmftError, Placement, Problem, StepOutcome, Strategy, hookimpl
+from llmft_core import (
+    Engine,
+    Fragment,
+    LlmftError,
+    Placement,
+    Problem,
+    ReadFragment,
+    StepOutcome,
+    Strategy,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +130,35 @@ class SoloEngine(Engine):
         """Copies: the export writes them while training goes on."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach().to("cpu", dtype, copy=True) for name in names}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """All of it: there is one rank."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                for kind, values in self._kept(parameter).items():
+                    yield name, kind, 0, values.view(-1)
+
+    def counters(self) -> dict[str, float]:
+        """AdamW counts its steps itself, for each parameter alike."""
+        return {"optimizer_steps": max((float(kept["step"]) for kept in self.optimizer.state.values()), default=0.0)}
+
+    def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
+        """AdamW makes its moments in its first step; here they are made before it, and filled."""
+        import torch
+
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if counters["optimizer_steps"]:
+                moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(counters["optimizer_steps"]), **moments}
+            for kind, values in self._kept(parameter).items():
+                read(name, kind, 0, values.view(-1))
+
+    def _kept(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Kind → values: the weights are their own masters."""
+        kept = self.optimizer.state.get(parameter, {})
+        return {"master": parameter.data, **{kind: kept[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in kept}}
 
     def finish(self) -> None:
         """Frees the model and the moments."""

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
-from llmft_core import Engine, LlmftError, Placement, Problem, StepOutcome, Strategy, hookimpl
+from llmft_core import (
+    Engine,
+    Fragment,
+    LlmftError,
+    Placement,
+    Problem,
+    ReadFragment,
+    StepOutcome,
+    Strategy,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
 
 llmft_api = 1
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of AdamW's moments
 
 
 class Ddp(Strategy):
@@ -116,6 +128,52 @@ class DdpEngine(Engine):
             return {}
         parameters = dict(self._bare.named_parameters())
         return {name: parameters[name].detach().to(device="cpu", dtype=dtype, copy=True) for name in names}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Every rank holds all; each yields its share of every parameter, so that all of them write and upload."""
+        world_size, rank = self.placement.world_size, self.accelerator.process_index
+        for name, parameter in self._trained():
+            part = -(-parameter.numel() // world_size)
+            mine = slice(rank * part, (rank + 1) * part)
+            for kind, values in self._kept(parameter).items():
+                if len(share := values.view(-1)[mine]):
+                    yield name, kind, rank * part, share
+
+    def counters(self) -> dict[str, float]:
+        steps = max((float(kept["step"]) for kept in self._adamw.state.values()), default=0.0)
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else {f"scaler.{key}": float(value) for key, value in scaler.state_dict().items()}
+        return {"optimizer_steps": steps, **scale}
+
+    def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
+        import torch
+
+        for name, parameter in self._trained():
+            if counters["optimizer_steps"]:
+                fused = self._adamw.param_groups[0]["fused"]
+                steps = torch.tensor(counters["optimizer_steps"], device=parameter.device if fused else "cpu")
+                moments = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
+                self._adamw.state[parameter] = {"step": steps, **moments}
+            for kind, values in self._kept(parameter).items():
+                read(name, kind, 0, values.view(-1))
+        if self.accelerator.scaler is not None:
+            now = self.accelerator.scaler.state_dict()
+            kept = {key: type(value)(counters[f"scaler.{key}"]) for key, value in now.items()}
+            self.accelerator.scaler.load_state_dict(kept)
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self._bare.named_parameters() if parameter.requires_grad]
+
+    def _kept(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Kind → values, in the parameter's shape; the parameters themselves are fp32."""
+        state = self._adamw.state.get(parameter, {})
+        return {"master": parameter.data, **{kind: state[kind] for kind in MOMENTS if kind in state}}
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """Under accelerate's wrapper."""
+        inner: torch.optim.Optimizer = self._optimizer.optimizer
+        return inner
 
     def finish(self) -> None:
         from accelerate.state import AcceleratorState

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmft_core import (
     Engine,
     FillPartition,
+    Fragment,
     LlmftError,
     Placement,
     Problem,
     ReadElements,
+    ReadFragment,
     StepOutcome,
     Strategy,
     hookimpl,
 )
+from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, partition_again
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +194,49 @@ class ZeroEngine(Engine):
                 if self.rank == rank:
                     found[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True)
         return found
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self._trained():
+            start, kinds = held(self._zero, parameter, self.stage, self.rank, self._moments_exist())
+            for kind, values in kinds.items():
+                if len(values):
+                    yield name, kind, start, values
+
+    def counters(self) -> dict[str, float]:
+        steps = max((float(kept["step"]) for kept in self._zero.optimizer.state.values()), default=0.0)
+        scaler = self._zero.loss_scaler
+        remembered = SCALER if self.placement.precision == "fp16" else ()
+        return {"optimizer_steps": steps, **{f"scaler.{field}": float(getattr(scaler, field)) for field in remembered}}
+
+    def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
+        moments = bool(counters["optimizer_steps"])
+        if moments:
+            make_moments(self._zero, self.stage, counters["optimizer_steps"])
+        for name, parameter in self._trained():
+            if self.stage == 3:
+                partition_again(parameter)
+            start, kinds = held(self._zero, parameter, self.stage, self.rank, moments)
+            for kind, values in kinds.items():
+                if len(values):
+                    read(name, kind, start, values)
+            if self.stage == 3:  # else the model goes on with the old weights, without a word
+                parameter.ds_tensor.data.view(-1)[: len(kinds["master"])].copy_(kinds["master"])
+        if self.stage == 2:
+            self._zero.update_lp_params()
+        for field in SCALER if self.placement.precision == "fp16" else ():
+            as_it_was = type(getattr(self._zero.loss_scaler, field))
+            setattr(self._zero.loss_scaler, field, as_it_was(counters[f"scaler.{field}"]))
+
+    def _moments_exist(self) -> bool:
+        return any("exp_avg" in kept for kept in self._zero.optimizer.state.values())
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.bare_model.named_parameters() if parameter.requires_grad]
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer, which holds torch's AdamW as `optimizer`."""
+        return self._model.optimizer
 
     def _readable(self, parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
         if self.stage < 3:

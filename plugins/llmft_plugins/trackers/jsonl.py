@@ -35,6 +35,14 @@ class Jsonl(Tracker):
         _drop_half_line(path)
         self._file = path.open("a", encoding="utf-8")
 
+    def resume(self, folder: Path, plan: Mapping[str, Any], step: int) -> None:
+        """Cuts the lines of later steps off."""
+        self.start(folder, plan)
+        path = folder / "metrics.jsonl"
+        with path.open(encoding="utf-8") as file:
+            kept = [line for line in file if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Writes and flushes one line. Raises RuntimeError before `start`."""
         if self._file is None:

@@ -24,9 +24,16 @@ class TensorBoard(Tracker):
 
     def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """Opens an event file; a resumed run adds another to the same folder, and TensorBoard joins them."""
+        self._open(folder, plan, None)
+
+    def resume(self, folder: Path, plan: Mapping[str, Any], step: int) -> None:
+        """TensorBoard hides what older files say of later steps."""
+        self._open(folder, plan, step + 1)
+
+    def _open(self, folder: Path, plan: Mapping[str, Any], purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes 2 s, so only when chosen
 
-        self._writer = SummaryWriter(folder / "tensorboard", flush_secs=10)
+        self._writer = SummaryWriter(folder / "tensorboard", flush_secs=10, purge_step=purge_step)
         self._writer.add_text("plan", f"```json\n{json.dumps(plan, indent=2, default=str)}\n```")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -1,0 +1,133 @@
+"""Going on with a run: from which state, with what changed, and what of the run's folder has to go first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft_core.checkpoint import state as states
+from llmft_core.checkpoint import stored
+from llmft_core.checkpoint.leftovers import next_numbers
+from llmft_core.checkpoint.stored_state import StoredState, newest_state, open_state
+from llmft_core.errors import InputError, Problem, Problems
+from llmft_core.storage.lease import NAME as LEASE
+from llmft_core.storage.places import Place
+from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
+from llmft_core.train.job import Resume
+
+DESCRIPTION = "plan.json"
+HARMLESS = (
+    "workers",
+    "gpus-per-worker",
+    "cluster",
+    "strategy",
+    "micro-batch",
+    "eval-micro-batch",
+    "gradient-checkpointing",
+    "tracker",
+    "checkpoint",
+    "state",
+    "storage",
+    "backends",
+    "weights",
+    "disable-plugin",
+)
+"""What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run goes on: its folder, what it said of itself, and a complete state."""
+
+    run: Place
+    described: Mapping[str, Any]
+    state: StoredState
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan that the run was started with, as JSON data."""
+        plan: dict[str, Any] = self.described["plan"]
+        return plan
+
+
+def find_point(place: Place) -> Point:
+    """`place` is a run's folder (its newest complete state is taken) or one of its states. Raises InputError where
+    there is nothing to go on with, LlmftError where it is damaged: never a fresh start."""
+    folder = place.parent if states.NAME.fullmatch(place.name) else place
+    if not exists(folder / DESCRIPTION):
+        raise InputError(f"{folder.uri} is no run: it has no {DESCRIPTION}: give <root>/runs/NAME, or a state in it")
+    try:
+        described = json.loads(read_bytes(folder / DESCRIPTION))
+        described["plan"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{(folder / DESCRIPTION).uri} is damaged ({error}): the run cannot go on") from error
+    state = place if folder is not place else newest_state(folder)
+    if state is None:
+        raise InputError(
+            f"{folder.uri} has no complete state to go on from: start it again under another --name, with "
+            "--state.every-steps N or --state.every-minutes N"
+        )
+    return Point(folder, described, open_state(state))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What of a plan changed that is not harmless, a line each: `lr: 1e-05, now 2e-05`."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        f"{path}: {json.dumps(old.get(path))}, now {json.dumps(new.get(path))}"
+        for path in sorted({*old, *new})
+        if path.split(".")[0] not in HARMLESS and old.get(path) != new.get(path)
+    ]
+
+
+def _leaves(plan: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in plan.items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Mapping):
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) -> None:
+    """Raises Problems unless data, model and tokenizer are those of the run's beginning, and steps are left."""
+    before = point.described
+    pairs = {
+        "dataset": (before["data"]["content"], provenance["data"]["content"], "other tokens or labels"),
+        "model": (before["model"], provenance["model"], "other weights"),
+        "model.tokenizer": (before["tokenizer"], provenance["tokenizer"], "another tokenizer"),
+    }
+    problems = [
+        Problem(path, f"{what} than the run began with ({was[:12]}…, now {now[:12]}…): give back what it was")
+        for path, (was, now, what) in pairs.items()
+        if was != now
+    ]
+    if point.state.progress.step >= total_steps:
+        done = point.state.progress.step
+        problems.append(Problem("max-steps", f"the run has done {done} of {total_steps} optimizer steps: none is left"))
+    if problems:
+        raise Problems(problems, f"{point.run.uri} cannot go on:")
+
+
+def resume_at(point: Point) -> Resume:
+    """The numbers from which the run goes on. What was written after the state is kept: new folders come after it."""
+    numbers = next_numbers(point.run)
+    step = point.state.progress.step
+    return Resume(point.state.place.uri, step, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])
+
+
+def fetch_logs(run: Place, folder: Path) -> None:
+    """What trackers wrote so far, into the folder that they go on writing."""
+    names = [name for name in list_files(run) if not _is_ours(name)]
+    download_many([(run / name, folder / name, None) for name in names])
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of a run's folder is the core's own."""
+    folder, slash, _ = name.partition("/")
+    if not slash:
+        return name in (DESCRIPTION, LEASE)
+    return bool(stored.NAME.fullmatch(folder) or states.NAME.fullmatch(folder))

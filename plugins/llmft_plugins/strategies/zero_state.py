@@ -1,0 +1,61 @@
+"""Where DeepSpeed keeps masters and moments: the only file that knows its internals (deepspeed 0.18 and 0.19).
+
+Nothing is gathered: `safe_get_full_*`, the public way, gives every tensor to every rank, 840 GB a rank for 70B.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of AdamW's moments
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What the dynamic loss scaler of fp16 remembers from step to step."""
+
+
+def held(
+    zero: Any, parameter: torch.nn.Parameter, stage: int, rank: int, moments: bool
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """What this rank owns of a parameter: the first element, and kind → values, 1-d float32 views; empty ones where it
+    owns nothing. Without `moments` the masters alone. `zero`: DeepSpeed's ZeRO optimizer."""
+    kinds = MOMENTS if moments else ()
+    if stage == 2:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, {}
+        # Not `get_hp_fragment(kind)`: DeepSpeed links the moments of all groups after the first group's first step,
+        # when the others have none yet.
+        kept = zero.optimizer.state[zero.single_partition_of_fp32_groups[mapping.param_group_index]]
+        where = mapping.hp_fragment_address
+        found = {kind: kept[kind].narrow(0, where.start, where.numel) for kind in kinds}
+        return int(mapping.lp_fragment_address.start), {"master": mapping.get_hp_fragment(), **found}
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    part: int = parameter.ds_tensor.numel()
+    start = rank * part
+    mine = max(0, min(part, parameter.ds_numel - start))  # the last ones are padded
+    found = {"master": safe_get_local_fp32_param(parameter)}
+    found |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in kinds}
+    return start, {kind: values.view(-1)[:mine] for kind, values in found.items()}
+
+
+def make_moments(zero: Any, stage: int, steps: float) -> None:
+    """AdamW makes its moments in its first step; before a restore they must exist, for DeepSpeed's flat masters."""
+    import torch
+
+    adamw = zero.optimizer
+    flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    fused = adamw.param_groups[0]["fused"]
+    for master in flat:
+        counted = torch.tensor(steps, device=master.device if fused else "cpu")
+        adamw.state[master] = {"step": counted, **{kind: torch.zeros_like(master) for kind in MOMENTS}}
+
+
+def partition_again(parameter: torch.nn.Parameter) -> None:
+    """Small parameters stay gathered between steps; the next forward pass gathers them anew, from what is restored."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.partition()

@@ -1,0 +1,130 @@
+"""`llmft resume`: a killed run goes on, elsewhere, as if nothing had happened; what would change it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from command import Answer, llmft, llmft_path
+from servers import S3Server
+
+STEPS = 8
+RUN = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8", "--max-steps", str(STEPS)]
+RUN += ["--state.every-steps", "3", "--checkpoint.every-steps", "4", "--workers", "0"]
+
+
+def killed_after_a_state(folder: Path, flags: list[str], environment: dict[str, str]) -> None:
+    """Starts a run, and kills it with SIGKILL once its first state is complete."""
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [llmft_path(), "run", *flags],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
+    deadline = time.monotonic() + 240
+    while "state_00000 complete" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def losses(text: str) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in map(json.loads, text.splitlines())}
+
+
+def test_a_killed_run_goes_on_elsewhere_to_the_same_bytes(tmp_path: Path, s3_server: S3Server) -> None:
+    """Two undisturbed and disturbed runs in one bucket; the other machine has a cache of its own."""
+    assert s3_server.folder is not None
+    keys = {**s3_server.environment, "LLMFT_CACHE": str(tmp_path / "one")}
+    storage = ["--storage", "s3", "--storage.bucket", "bucket", "--storage.prefix", "resume"]
+    storage += ["--storage.endpoint-url", s3_server.endpoint_url]
+    # The second one has five times the steps' time to be killed in, but the same plan otherwise.
+    straight = llmft("run", *RUN, *storage, "--name", "straight", folder=tmp_path, environment=keys)
+    assert straight.code == 0, straight.err
+    killed_after_a_state(tmp_path, [*RUN, *storage, "--name", "killed"], keys)
+
+    there = {**keys, "LLMFT_CACHE": str(tmp_path / "two")}
+    reach = ["--backends.s3.endpoint-url", s3_server.endpoint_url]
+    resumed = llmft("resume", "s3://bucket/resume/runs/killed", *reach, folder=tmp_path, environment=there)
+    assert resumed.code == 0, resumed.err
+    assert "restoring the state of step" in resumed.out
+    runs = s3_server.folder / "resume" / "runs"
+    weights = {
+        name: (runs / name / "checkpoint_00001" / "model.safetensors").read_bytes() for name in ("straight", "killed")
+    }
+    assert weights["straight"] == weights["killed"]
+    expected = losses((runs / "straight" / "metrics.jsonl").read_text())
+    found = losses((runs / "killed" / "metrics.jsonl").read_text())
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    assert found == {step: expected[step] for step in found}
+    assert set(range(7, STEPS + 1)) <= set(found)
+    assert not (runs / "killed" / "lease.json").exists()
+    again = llmft("resume", "s3://bucket/resume/runs/killed", *reach, folder=tmp_path, environment=there)
+    assert again.code == 0, again.err
+    assert (runs / "killed" / "checkpoint_00002" / "model.safetensors").read_bytes() == weights["straight"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run `x` that has a state of its third step and the leftovers of a killed process."""
+    folder = tmp_path_factory.mktemp("finished")
+    answer = llmft("run", *RUN, "--state.keep-last", "9", "--name", "x", folder=folder)
+    assert answer.code == 0, answer.err
+    return folder
+
+
+def refused(folder: Path, *args: str) -> list[str]:
+    answer: Answer = llmft("resume", *args, folder=folder)
+    assert answer.code == 2, answer.out
+    return answer.errors
+
+
+def test_what_would_change_the_run_is_refused(finished: Path) -> None:
+    lines = refused(finished, "llmft-runs/runs/x", "--lr", "0.5", "--seed", "7", "--checkpoint.keep-last", "3")
+    assert lines == [
+        "llmft: error: the run would go on as another one; leave these as they were, or --allow-changes:",
+        "llmft: error: lr: 0.002, now 0.5",
+        "llmft: error: seed: 0, now 7",
+    ]
+
+
+def test_wrong_places(finished: Path, tmp_path: Path) -> None:
+    (line,) = refused(finished)
+    assert line.startswith("llmft: error: no run is given: write its folder or URI")
+    (line,) = refused(tmp_path, str(tmp_path))
+    assert line.endswith("is no run: it has no plan.json: give <root>/runs/NAME, or a state in it")
+    (line,) = refused(finished, "llmft-runs/runs/x/state_00007")
+    assert "state_00007 is not a complete state (it has no .is_state)" in line
+    moved = tmp_path / "elsewhere" / "runs" / "x"
+    moved.parent.mkdir(parents=True)
+    (finished / "llmft-runs" / "runs" / "x").rename(moved)
+    try:
+        (line,) = refused(finished, str(moved))
+        assert "is not where the run's plan writes" in line
+    finally:
+        moved.rename(finished / "llmft-runs" / "runs" / "x")
+
+
+def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(finished: Path) -> None:
+    run = finished / "llmft-runs" / "runs" / "x"
+    for folder in ("checkpoint_00005", "state_00005", "notes"):
+        (run / folder).mkdir()
+        (run / folder / "half.safetensors").write_bytes(b"half")
+    complete = sorted(path.name for path in run.glob("*_0000[0-4]"))
+    answer = llmft("resume", "llmft-runs/runs/x/state_00000", folder=finished)
+    assert answer.code == 0, answer.err
+    assert "checkpoint_00005 removed: it was never complete" in answer.out
+    assert "state_00005 removed: it was never complete" in answer.out
+    assert (run / "notes" / "half.safetensors").is_file()
+    assert set(complete) <= {path.name for path in run.iterdir()}
+    assert (run / "metrics.jsonl").read_text().count("\n") == STEPS
