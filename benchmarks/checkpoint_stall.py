@@ -115,7 +115,7 @@ def make_model(folder: Path, layers: int) -> None:
 def train(mode: str, folder: Path, args: argparse.Namespace) -> None:
     """One process: trains, and prints the seconds as JSON."""
     import torch.distributed as dist
-    from tables import random_table
+    from tables import InMemory, random_table
 
     from llmft_core.catalog import Catalog
     from llmft_core.loading import load_plugins
@@ -142,9 +142,7 @@ def train(mode: str, folder: Path, args: argparse.Namespace) -> None:
     engine = catalog.create("strategy", {"name": "ddp"}).engine(placement, 0)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
 
-    class Data:
-        train = random_table(steps, 4096, 32)
-        test = None
+    data = InMemory(random_table(steps, 4096, 32))
 
     stalls: list[float] = []
     events: list[dict[str, Any]] = []

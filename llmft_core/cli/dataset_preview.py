@@ -31,6 +31,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     plan = given.plan()
     from rich.console import Console
 
+    from llmft_core.data.order import Order, mix_of
     from llmft_core.data.preview import Speller, batch_view, find_row, picked_rows, row_view
     from llmft_core.placing import likely_micro_batch
     from llmft_core.report.rows_html import rows_page
@@ -52,7 +53,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     rows = [row_view(table, number, speller) for number in numbers]
     print_rows(Console(highlight=False), rows, ids=own.ids)
     if own.html:
-        batch = batch_view(table, plan.seed, plan.global_batch, micro_batch) if own.split == "train" else None
+        batch = None
+        if own.split == "train":
+            batch = batch_view(table, Order.of(table, plan, mix_of(material.data)), plan, micro_batch)
         title = f"{material.dataset.name}, {own.split} split, as {plan.model.name} sees it"
         write("--html", own.html, rows_page(title, rows, batch, ids=own.ids))
         print(f"\nwrote {own.html}")

@@ -7,12 +7,13 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from llmft_core.data.batches import NO_ROW, SHORTEST, arrange, epoch_order, step_rows
+from llmft_core.data.batches import Form, arrange, collate
+from llmft_core.data.order import Order
 from llmft_core.data.report import SplitReport
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError
+from llmft_core.plan import RunPlan
 from llmft_core.values import IGNORED_LABEL
 from llmft_core.views import BatchView, Pick, Piece, RowView, Run
 
@@ -87,18 +88,11 @@ def picked_rows(table: TokenTable, pick: Pick, count: int, seed: int) -> list[in
     if pick == "random":
         return [int(row) for row in np.random.default_rng(seed).permutation(len(table))[:count]]
     if pick == "least-trained":
-        order = np.argsort(trained_tokens(table) / np.diff(table.offsets), kind="stable")
+        order = np.argsort(table.trained_counts / table.lengths, kind="stable")
     else:
         sign = -1 if pick == "longest" else 1
         order = np.argsort(sign * np.diff(table.offsets), kind="stable")
     return [int(row) for row in order[:count]]
-
-
-def trained_tokens(table: TokenTable) -> npt.NDArray[np.int64]:
-    """Trained tokens of every row (rows,), after the shift."""
-    begins = table.offsets[:-1]
-    sums: npt.NDArray[np.int64] = np.add.reduceat(table.trained, begins, dtype=np.int64)
-    return sums - table.trained[begins]
 
 
 def find_row(table: TokenTable, wanted: str, report: SplitReport) -> int:
@@ -136,20 +130,17 @@ def _is_named(source: str, name: str) -> bool:
     return source == name or source.endswith(f"/{name}")
 
 
-def batch_view(table: TokenTable, seed: int, global_batch: int, micro_batch: int) -> BatchView:
+def batch_view(table: TokenTable, order: Order, plan: RunPlan, micro_batch: int) -> BatchView:
     """The first micro-batch of the first step of the first epoch."""
-    order = epoch_order(len(table), seed, 0)
-    rows = arrange(table, step_rows(order, 0, global_batch), micro_batch)[0]
-    width = max([SHORTEST, *(table.length(int(row)) for row in rows if row != NO_ROW)])
-    return BatchView(width, tuple(_layout(table, int(row), width) for row in rows))
-
-
-def _layout(table: TokenTable, row: int, width: int) -> tuple[str, tuple[Run, ...]]:
-    if row == NO_ROW:
-        return "no row", (Run("padding", width),)
-    _, labels = table.row(row)
-    counts = labels != IGNORED_LABEL
-    counts[0] = False
-    runs = [Run("trained" if trained else "untrained", len(list(group))) for trained, group in groupby(counts.tolist())]
-    rest = width - len(labels)
-    return str(table.origin(row)), (*runs, *([Run("padding", rest)] if rest else []))
+    rows = order.epoch(0).step(0, plan.global_batch)
+    numbers = arrange(table, rows, micro_batch)[0]
+    batch = collate(table, rows, numbers, 0, Form.of(plan, pad_id=0))
+    used = rows.lengths(table.lengths)
+    layouts = []
+    for number, labels in zip(numbers, batch.labels, strict=True):
+        samples = rows.samples[rows.bounds[number] : rows.bounds[number + 1]]
+        kinds = np.where(labels == IGNORED_LABEL, "untrained", "trained")
+        kinds[used[number] :] = "padding"
+        runs = tuple(Run(kind, len(list(group))) for kind, group in groupby(kinds.tolist()))
+        layouts.append((" + ".join(str(table.origin(int(sample))) for sample in samples) or "no row", runs))
+    return BatchView(batch.input_ids.shape[1], tuple(layouts))

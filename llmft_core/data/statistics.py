@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.batches import SHORTEST, epoch_order, steps_per_epoch
-from llmft_core.data.preview import Speller, trained_tokens
+from llmft_core.data.batches import SHORTEST, padding_waste
+from llmft_core.data.order import Order, packed_rows
+from llmft_core.data.preview import Speller
 from llmft_core.data.tables import TokenTable
 from llmft_core.plan import RunPlan
 from llmft_core.views import ContextFit, Histogram, Percentiles, SplitStatistics, TokenCount, Vocabulary, round_numbers
@@ -21,14 +22,14 @@ FREQUENT = 10
 CHUNK = 1 << 22
 """Token ids that are counted at once."""
 
-Lengths = npt.NDArray[np.int64]
+Lengths = npt.NDArray[np.int32]
 
 
 def split_statistics(
     table: TokenTable, source: str, tokenizer: Any, plan: RunPlan, micro_batch: int
 ) -> SplitStatistics:
     """Of a table that was made without a limit for the length; `source` is what its rows are from."""
-    lengths = np.diff(table.offsets)
+    lengths = table.lengths
     return SplitStatistics(
         source=source,
         rows=len(table),
@@ -36,7 +37,7 @@ def split_statistics(
         trained_tokens=table.total_trained_tokens,
         ends_trained=table.ends_trained,
         lengths=percentiles(lengths),
-        trained=percentiles(trained_tokens(table)),
+        trained=percentiles(table.trained_counts),
         histogram=histogram(lengths),
         contexts=tuple(
             context_fit(lengths, each, plan.seed, plan.global_batch, micro_batch)
@@ -69,7 +70,8 @@ def context_fit(lengths: Lengths, context: int, seed: int, global_batch: int, mi
     """What `context` tokens would mean for rows of these lengths (rows,)."""
     kept = lengths[lengths <= context]
     tokens = int(kept.sum())
-    packed = best_fit_rows(kept, context)
+    packed = packed_rows(kept, context)
+    in_order = kept[Order(kept, seed, capacity=0).epoch(0).samples].astype(np.int64)
     over = len(lengths) - len(kept)
     return ContextFit(
         context=context,
@@ -78,49 +80,10 @@ def context_fit(lengths: Lengths, context: int, seed: int, global_batch: int, mi
         rows=len(kept),
         tokens=tokens,
         packed_rows=packed,
-        sorted=sorted_waste(kept, seed, global_batch, micro_batch) if tokens else None,
+        sorted=padding_waste(in_order, global_batch, micro_batch, SHORTEST) if tokens else None,
         packed=1 - tokens / (packed * context) if tokens else None,
         full=1 - tokens / (len(kept) * context) if tokens else None,
     )
-
-
-def sorted_waste(lengths: Lengths, seed: int, global_batch: int, micro_batch: int) -> float:
-    """As `batches.padding_waste`, from lengths (rows,) alone."""
-    steps = steps_per_epoch(len(lengths), global_batch)
-    filled = np.zeros(steps * global_batch, dtype=np.int64)
-    filled[: len(lengths)] = lengths[epoch_order(len(lengths), seed, 0)]
-    micro_batches = np.sort(filled.reshape(steps, global_batch), axis=1)[:, ::-1].reshape(-1, micro_batch)
-    positions = np.maximum(micro_batches.max(axis=1), SHORTEST).sum() * micro_batch
-    return 1 - int(lengths.sum()) / int(positions)
-
-
-def best_fit_rows(lengths: Lengths, context: int) -> int:
-    """How many rows of `context` tokens hold rows of these lengths, packed best-fit, the longest first.
-
-    On the histogram of lengths, so the cost does not depend on the number of rows (Krell et al. 2021, "Efficient
-    Sequence Packing without Cross-contamination").
-    """
-    with_room = np.zeros(context + 1, dtype=np.int64)  # room in tokens → packed rows that have it
-    packed = 0
-    items = np.bincount(lengths, minlength=1)
-    for length in np.flatnonzero(items)[::-1].tolist():
-        left = int(items[length])
-        while left:
-            fitting = np.flatnonzero(with_room[length:])
-            room = length + int(fitting[0]) if len(fitting) else context
-            each = room // length  # the row that fits best stays that until no more goes in
-            rows = -(-left // each)
-            if len(fitting):
-                rows = min(rows, int(with_room[room]))
-                with_room[room] -= rows
-            else:
-                packed += rows
-            full, rest = divmod(min(left, rows * each), each)
-            with_room[room - each * length] += full
-            if rest:
-                with_room[room - rest * length] += 1
-            left -= full * each + rest
-    return packed
 
 
 def vocabulary(table: TokenTable, tokenizer: Any) -> Vocabulary:

@@ -20,10 +20,12 @@ from toy_tokenizers import byte_level_tokenizer, metaspace_tokenizer, save_toy_t
 
 from llmft_core import EncodedExample, InputError
 from llmft_core.cli.main import main
-from llmft_core.data.batches import arrange, collate, epoch_order, step_rows
-from llmft_core.data.preview import Speller, batch_view, find_row, picked_rows, row_view, trained_tokens
+from llmft_core.data.batches import Form, arrange, collate
+from llmft_core.data.order import Order
+from llmft_core.data.preview import Speller, batch_view, find_row, picked_rows, row_view
 from llmft_core.data.report import SplitReport
 from llmft_core.data.tables import TokenTable, writing
+from llmft_core.plan import RunPlan
 from llmft_core.report.rows_html import rows_page
 from llmft_core.report.rows_text import print_rows
 from llmft_core.report.visible import visible
@@ -86,7 +88,6 @@ def report(**changes: Any) -> SplitReport:
 
 
 def test_which_rows_are_picked(table: TokenTable) -> None:
-    assert trained_tokens(table).tolist() == [table.trained_tokens(row) for row in range(4)] == [1, 1, 2, 3]
     assert picked_rows(table, "first", 2, 0) == [0, 1]
     assert picked_rows(table, "longest", 3, 0) == [1, 3, 2]
     assert picked_rows(table, "shortest", 9, 0) == [0, 2, 1, 3]
@@ -133,18 +134,24 @@ def test_a_row_that_is_not_there(table: TokenTable, wanted: str, said: str) -> N
     assert str(caught.value) == said
 
 
-def test_the_layout_is_that_of_the_batch() -> None:
-    table: Any = random_table(20, 50, 30)
+@pytest.mark.parametrize("packing", ["none", "best-fit"])
+def test_the_layout_is_that_of_the_batch(packing: str) -> None:
+    table: Any = random_table(40, 50, 30)
     table.origin = lambda row: f"t:{row + 1}"
-    view = batch_view(table, 3, 16, 4)
-    rows = arrange(table, step_rows(epoch_order(20, 3, 0), 0, 16), 4)[0]
-    batch = collate(table, rows, 0, pad_id=0)
-    assert [label for label, _ in view.rows] == [f"t:{row + 1}" for row in rows]
+    plan = RunPlan.from_json({"seed": 3, "global-batch": 8, "context-length": 64, "data": {"packing": packing}})
+    order = Order.of(table, plan)
+    view = batch_view(table, order, plan, 4)
+    in_step = order.epoch(0).step(0, 8)
+    numbers = arrange(table, in_step, 4)[0]
+    batch = collate(table, in_step, numbers, 0, Form.of(plan, pad_id=0))
+    bounds = in_step.bounds
+    samples = [in_step.samples[bounds[number] : bounds[number + 1]].tolist() for number in numbers]
+    assert [label for label, _ in view.rows] == [" + ".join(f"t:{row + 1}" for row in found) for found in samples]
     assert view.width == batch.input_ids.shape[1]
     for number, (_, runs) in enumerate(view.rows):
         assert sum(run.tokens for run in runs) == view.width
         assert sum(run.tokens for run in runs if run.kind == "trained") == (batch.labels[number] != -100).sum()
-    padding = sum(view.width - table.length(int(row)) for row in rows)
+    padding = sum(view.width - sum(table.length(row) for row in found) for found in samples)
     assert view.padding == padding / (4 * view.width)
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import random_table
 from toy_tokenizers import metaspace_tokenizer
 
 from llmft_core import EncodedExample
 from llmft_core.cli.main import main
-from llmft_core.data.batches import padding_waste
-from llmft_core.data.statistics import best_fit_rows, context_fit, histogram, percentiles, sorted_waste, vocabulary
+from llmft_core.data.order import packed_rows
+from llmft_core.data.statistics import context_fit, histogram, percentiles, vocabulary
 from llmft_core.data.tables import TokenTable, writing
 from llmft_core.report.histogram import bins, histogram_lines, histogram_svg
 
@@ -66,15 +65,7 @@ def best_fit_decreasing(values: list[int], context: int) -> int:
 
 @given(lengths, st.integers(60, 130))
 def test_packing_by_histogram_is_best_fit_decreasing(values: Any, context: int) -> None:
-    assert best_fit_rows(values, context) == best_fit_decreasing(values.tolist(), context)
-
-
-@pytest.mark.parametrize(("global_batch", "micro_batch"), [(32, 8), (8, 1), (16, 16), (100, 5)])
-def test_sorted_waste_is_that_of_the_batches(global_batch: int, micro_batch: int) -> None:
-    table: Any = random_table(150, 50, 90)
-    values = np.array([table.length(row) for row in range(len(table))])
-    found = sorted_waste(values, 7, global_batch, micro_batch)
-    assert found == pytest.approx(padding_waste(table, 7, global_batch, micro_batch), abs=1e-12)
+    assert packed_rows(values, context) == best_fit_decreasing(values.tolist(), context)
 
 
 def test_what_a_context_would_mean() -> None:

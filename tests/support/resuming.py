@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tables import random_table
+from tables import InMemory, random_table
 from training import Recorder
 
 from llmft_core.plan import RunPlan
@@ -14,7 +14,7 @@ from llmft_core.train.job import Job, Resume
 from llmft_core.values import Placement
 
 ROWS, VOCABULARY, GLOBAL_BATCH = 14, 101, 4  # rows are no multiple of the batch: the tail is trained too
-PER_EPOCH = 4
+EPOCH_STEPS = (4, 4, 4)
 TOTAL = 10
 
 
@@ -33,7 +33,7 @@ def job_for(strategy: str, precision: str, world_size: int, base: str, at: int) 
     )
     micro = GLOBAL_BATCH // world_size
     placement = Placement(world_size, "cpu", precision, micro, 1, plan.max_grad_norm)  # type: ignore[arg-type]
-    return Job(plan, placement, TOTAL, PER_EPOCH, VOCABULARY, 0, (), {}, Path(base), Path(), Path())
+    return Job(plan, placement, TOTAL, EPOCH_STEPS, VOCABULARY, 0, (), {}, Path(base), Path(), Path())
 
 
 def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> list[dict[str, Any]]:
@@ -49,9 +49,7 @@ def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> lis
     from llmft_core.train.state_saver import StateSaver
     from llmft_core.train.worker import restore_state
 
-    class Data:
-        train = random_table(ROWS, VOCABULARY, 20)
-        test = None
+    data = InMemory(random_table(ROWS, VOCABULARY, 20))
 
     catalog = Catalog(load_plugins())
     answers = []
@@ -67,7 +65,7 @@ def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> lis
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         recorder = Recorder()
         with StateSaver(job, engine, rank, recorder, place) as states:
-            train(job, engine, Data, rank, recorder, lambda *_: None, states.save)  # type: ignore[arg-type]
+            train(job, engine, data, rank, recorder, lambda *_: None, states.save)  # type: ignore[arg-type]
         answers.append(
             {
                 "loss": [event["metrics"]["train/loss"] for event in recorder.events if event["kind"] == "metrics"],

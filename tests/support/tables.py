@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -17,6 +18,14 @@ class ListTable(TokenTable):
         self.trained = np.concatenate([np.array(labels) != -100 for _, labels in rows]).astype(np.uint8)
         self.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
         self.lines = np.arange(1, len(rows) + 1, dtype=np.int32)
+
+
+class InMemory:
+    """Prepared data as the loop sees it: tables of rows that an epoch passes over once."""
+
+    def __init__(self, train: TokenTable, test: TokenTable | None = None) -> None:
+        self.train, self.test = train, test
+        self.report = SimpleNamespace(splits={"train": SimpleNamespace(weights=(1.0,))})
 
 
 def random_table(rows: int, vocabulary: int, longest: int, seed: int = 0) -> ListTable:

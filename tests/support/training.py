@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tables import random_table
+from tables import InMemory, random_table
 
 from llmft_core.data.order import Order
 from llmft_core.data.steps import epoch_steps
@@ -55,9 +55,7 @@ def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, i
     from llmft_core.train.model import build_model
     from llmft_core.train.optimizer import optimizer_maker
 
-    class Data:
-        train = TRAIN
-        test = random_table(5, 101, 20, seed=1)
+    data = InMemory(TRAIN, random_table(5, 101, 20, seed=1))
 
     catalog = Catalog(load_plugins())
     answers = []
@@ -66,7 +64,7 @@ def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, i
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
         engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
         recorder = Recorder()
-        train(job, engine, Data, rank, recorder, lambda step, epoch, metrics: None)  # type: ignore[arg-type]
+        train(job, engine, data, rank, recorder, lambda step, epoch, metrics: None)  # type: ignore[arg-type]
         shapes = engine.shapes()
         weights = engine.gathered(list(shapes), torch.float32)
         engine.finish()
@@ -99,9 +97,7 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     from llmft_core.train.model import build_model
     from llmft_core.train.optimizer import optimizer_maker
 
-    class Data:
-        train = random_table(8, VOCABULARY, 20)
-        test = None
+    data = InMemory(random_table(8, VOCABULARY, 20))
 
     class Silent:
         def send(self, event: dict[str, Any]) -> None: ...
@@ -114,7 +110,7 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     job = Job(plan, placement, 2, (1, 1), VOCABULARY, 0, (), {}, Path(base), Path(), tokenizer)
     engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
-    train(job, engine, Data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
+    train(job, engine, data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
     layout = lay_out(engine, plan, 2, max_shard=20_000)  # bytes: several files even of a tiny model
     tensors: dict[str, Any] = {}
     gather(engine, layout, rank, tensors.__setitem__)
@@ -141,9 +137,7 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
     from llmft_core.train.model import build_model
     from llmft_core.train.optimizer import optimizer_maker
 
-    class Data:
-        train = random_table(8, VOCABULARY, 20)
-        test = None
+    data = InMemory(random_table(8, VOCABULARY, 20))
 
     module.has_room = lambda size: room
     plan = RunPlan.from_json({"strategy": "zero-3", "lr": 1e-2, "precision": "fp32", "global-batch": 8, "name": "x"})
@@ -154,7 +148,7 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
     engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
     recorder = Recorder()
     with module.Saver(job, engine, rank, recorder, Places(catalog, None, {}).place(store)) as saver:
-        train(job, engine, Data, rank, saver, saver.save)  # type: ignore[arg-type]
+        train(job, engine, data, rank, saver, saver.save)  # type: ignore[arg-type]
     engine.finish()
     return recorder.events
 
