@@ -162,7 +162,7 @@ def train(mode: str, folder: Path, args: argparse.Namespace) -> None:
                 saver.background.wait()
             stalls.append(time.perf_counter() - started)
 
-        loop(job, engine, Data, 0, saver, save)  # type: ignore[arg-type]
+        loop(job, engine, data, 0, saver, save)  # type: ignore[arg-type]
     metrics = [event for event in events if event["kind"] == "metrics"][1:]  # the first step makes its buffers
     seconds = {
         kind: [event["metrics"]["train/step_seconds"] for event in metrics if event["publishing"] == kind]
