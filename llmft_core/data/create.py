@@ -84,7 +84,8 @@ def create(dataset: DatasetFormat, sources: Mapping[Split, SplitSource], catalog
         raise InputError(f"--out: cannot write to {out}: {error.strerror or error}; name another folder") from error
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.unlink()
     created.flags = reader.flags(roles)
     return created
 

@@ -99,6 +99,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["tokens.json"]
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    dataset, sources = pairs(tmp_path / "in", {"q": "a", "a": "b"})
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match=rf"^--out: cannot write to {tmp_path}/out: File exists; name another folder$"):
+        create(dataset, sources, CATALOG, tmp_path / "out")
+
+
 def test_pairs_are_named_where_their_names_do_not_tell(tmp_path: Path) -> None:
     dataset, sources = pairs(tmp_path / "in", {"q": "a", "a": "b"})
     created = create(dataset, sources, CATALOG, tmp_path / "out")
