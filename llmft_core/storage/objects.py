@@ -61,15 +61,16 @@ def changed(place: Place) -> ChangedMeanwhile:
 class Source:
     """A file in storage that is read in ranges: by the backend's own reads, else by those of its filesystem."""
 
-    def __init__(self, place: Place, ask: Callable[..., Any] = attempt) -> None:
-        """Asks the store for size (bytes) and version. Raises InputError where no such file is there."""
+    def __init__(self, place: Place, ask: Callable[..., Any] = attempt, told: tuple[int, str] | None = None) -> None:
+        """Asks the store for size (bytes) and version, which the backend's own reads may have `told` already. Raises
+        InputError where no such file is there."""
         self.place, self._ask = place, ask
         self.size: int  # bytes
         self.version: str  # empty where the store tells nothing by which a change would be seen
         self.reads = ask(place, lambda: place.ranged_reads)
         if self.reads is not None:
             reads = self.reads
-            self.size, self.version = ask(place, lambda: reads.describe(place.path))
+            self.size, self.version = told or ask(place, lambda: reads.describe(place.path))
         else:
             self.size, self.version = self._look()
 

@@ -23,13 +23,15 @@ READY_WITHIN = 60.0  # seconds; Python servers take several on a busy machine
 
 @dataclass(frozen=True)
 class S3Server:
-    """An S3 endpoint with one bucket. `folder` holds the bucket's files where the server keeps them as files."""
+    """An S3 endpoint with one bucket. `folder` holds the bucket's files where the server keeps them as files; `pid` is
+    the server's process."""
 
     endpoint_url: str
     access_key: str
     secret_key: str
     bucket: str
     folder: Path | None = None
+    pid: int | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -127,8 +129,8 @@ def rclone_s3(folder: Path) -> Iterator[S3Server]:
     port = free_port()
     command = [program("rclone"), "serve", "s3", "--auth-key", "testkey,testsecret", "--addr", f"127.0.0.1:{port}"]
     command += ["--vfs-cache-mode", "off", "--config", str(config), str(data)]
-    with serving(command, port, folder / "rclone.log"):
-        yield S3Server(f"http://127.0.0.1:{port}", "testkey", "testsecret", "bucket", data / "bucket")
+    with serving(command, port, folder / "rclone.log") as pid:
+        yield S3Server(f"http://127.0.0.1:{port}", "testkey", "testsecret", "bucket", data / "bucket", pid)
 
 
 @contextmanager

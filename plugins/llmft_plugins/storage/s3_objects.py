@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from llmft_core import ChangedMeanwhile, RangedReads, VerifiedUploads
 
 CONNECTIONS = 64  # kept open at most; a transfer uses as many as its budget allows
-PIECE = 2**18  # bytes read from a socket at once
+PIECE = 2**20  # bytes read from a socket at once
 _DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_NOT_FOR_YOU = {"AccessDenied", "403", "NotImplemented", "501", "MethodNotAllowed"}
 
 
 class S3Objects(RangedReads, VerifiedUploads):
@@ -24,6 +26,7 @@ class S3Objects(RangedReads, VerifiedUploads):
 
     def __init__(self, client: Any) -> None:
         self._client = client
+        self._other_tags: set[str] = set()  # buckets in which the tag of a part is not its MD5: they encrypt
 
     # --- reads --------------------------------------------------------------------------------------------------
 
@@ -31,6 +34,23 @@ class S3Objects(RangedReads, VerifiedUploads):
         with _as_file_errors():
             head = self._client.head_object(**_names(path))
         return int(head["ContentLength"]), str(head["ETag"])
+
+    def describe_many(self, paths: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """By the first page (up to 1000 objects) of their common folder."""
+        from botocore.exceptions import ClientError
+
+        bucket, _, folder = os.path.commonpath(paths).partition("/")
+        if not bucket:
+            return {}  # in several buckets
+        try:
+            with _as_file_errors():
+                page = self._client.list_objects_v2(Bucket=bucket, Prefix=f"{folder}/" if folder else "")
+        except ClientError as error:
+            if _code(error) in _NOT_FOR_YOU:
+                return {}  # who may not list can still read
+            raise
+        found = {f"{bucket}/{entry['Key']}": entry for entry in page.get("Contents", [])}
+        return {path: (int(found[path]["Size"]), f'"{_bare(found[path]["ETag"])}"') for path in paths if path in found}
 
     def read_into(self, path: str, version: str, start: int, buffer: memoryview) -> None:
         end = start + len(buffer)
@@ -59,7 +79,7 @@ class S3Objects(RangedReads, VerifiedUploads):
     # --- uploads ------------------------------------------------------------------------------------------------
 
     def put(self, path: str, data: memoryview) -> None:
-        self._send(self._client.put_object, path, data)
+        _send(self._client.put_object, path, data, hashlib.md5(data, usedforsecurity=False))
 
     def begin(self, path: str) -> str:
         with _as_file_errors():
@@ -79,7 +99,7 @@ class S3Objects(RangedReads, VerifiedUploads):
                     if upload["Key"] == names["Key"]
                 ]
         except ClientError as error:
-            if _code(error) in {"AccessDenied", "403", "NotImplemented", "501", "MethodNotAllowed"}:
+            if _code(error) in _NOT_FOR_YOU:
                 return None  # who may not list uploads can still make new ones
             if _code(error) == "NoSuchUpload":
                 return None  # rclone's answer where there are none
@@ -96,26 +116,55 @@ class S3Objects(RangedReads, VerifiedUploads):
         return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
     def put_part(self, path: str, upload: str, number: int, data: memoryview) -> str:
-        answer = self._send(self._client.upload_part, path, data, UploadId=upload, PartNumber=number)
-        return _bare(answer["ETag"])
+        from botocore.exceptions import ClientError
 
-    def complete(self, path: str, upload: str, tags: Sequence[str]) -> None:
+        digest = hashlib.md5(data, usedforsecurity=False)
+        method, bucket = self._client.upload_part, _names(path)["Bucket"]
+        names = {"UploadId": upload, "PartNumber": number}
+        if bucket not in self._other_tags:
+            # The store makes the MD5 for its tag in any case. To send ours along would have it made twice.
+            tag = _bare(_send(method, path, data, None, **names)["ETag"])
+            if tag == digest.hexdigest():
+                return tag
+        # Other bytes arrived, or tags are no MD5s there: under ours the store refuses the first and takes the second.
+        try:
+            tag = _bare(_send(method, path, data, digest, **names)["ETag"])
+        except ClientError as error:
+            if _code(error) != "NotImplemented":
+                raise
+            self.abandon(path, upload)  # rclone keeps the part that it got first
+            raise FileNotFoundError(f"part {number} arrived damaged, and the store takes no other: {error}") from error
+        if tag != digest.hexdigest():
+            self._other_tags.add(bucket)
+        return tag
+
+    def complete(self, path: str, upload: str, tags: Sequence[str]) -> bool:
         parts = [{"PartNumber": number, "ETag": f'"{tag}"'} for number, tag in enumerate(tags, 1)]
         with _as_file_errors():
-            self._client.complete_multipart_upload(**_names(path), UploadId=upload, MultipartUpload={"Parts": parts})
+            answer = self._client.complete_multipart_upload(
+                **_names(path), UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        if _names(path)["Bucket"] in self._other_tags:
+            return False
+        digests = b"".join(map(bytes.fromhex, tags))
+        whole = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(tags)}"
+        return _bare(answer["ETag"]) == whole
 
     def abandon(self, path: str, upload: str) -> None:
         with _as_file_errors():
             self._client.abort_multipart_upload(**_names(path), UploadId=upload)
 
-    def _send(self, method: Callable[..., Any], path: str, data: memoryview, **names: Any) -> Any:
-        """Under the MD5 of our own bytes, with which the store compares what it got."""
-        digest = hashlib.md5(data, usedforsecurity=False).digest()
-        # botocore takes no memoryview: the memory itself where the part fills it, else a copy.
-        whole = isinstance(data.obj, bytearray) and len(data.obj) == len(data)
-        body = data.obj if whole else bytes(data)
-        with _as_file_errors(path):
-            return method(**_names(path), Body=body, ContentMD5=base64.b64encode(digest).decode(), **names)
+
+def _send(
+    method: Callable[..., Any], path: str, data: memoryview, digest: hashlib._Hash | None, **names: Any
+) -> dict[str, Any]:
+    """With `digest`, the MD5 of our own bytes, the store refuses other bytes than these."""
+    # botocore takes no memoryview: the memory itself where the data fill it, else a copy.
+    whole = isinstance(data.obj, (bytes, bytearray)) and len(data.obj) == len(data)
+    body = data.obj if whole else bytes(data)
+    promise = {} if digest is None else {"ContentMD5": base64.b64encode(digest.digest()).decode()}
+    with _as_file_errors(path):
+        return cast(dict[str, Any], method(**_names(path), Body=body, **promise, **names))
 
 
 def _names(path: str) -> dict[str, str]:
