@@ -125,12 +125,7 @@ class StorageBackend(Extension, ABC):
 
     def verified_uploads(self) -> VerifiedUploads | None:
         """Uploads of which the store verifies every part, made once a process. None: the core uses the filesystem's
-        `put_file` and then compares `stored_md5`, or reads everything back."""
-        return None
-
-    def stored_md5(self, info: Mapping[str, Any]) -> str | None:
-        """MD5 (hex) that the store itself made of the content it holds, from `filesystem().info(path)`; None: it tells
-        none, and an upload is read back."""
+        `put_file` and then reads everything back."""
         return None
 
     creates_exclusively: ClassVar[bool] = False

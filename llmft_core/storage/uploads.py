@@ -14,7 +14,7 @@ from llmft_core.errors import InputError, LlmftError
 from llmft_core.extensions import VerifiedUploads
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress, Task, Transfer
 from llmft_core.storage.faults import transient
-from llmft_core.storage.objects import Source, info
+from llmft_core.storage.objects import Source
 from llmft_core.storage.ordered_hash import OrderedHash
 from llmft_core.storage.places import Place
 
@@ -162,7 +162,7 @@ class _File:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             # Repeated after a lost answer, or completed by somebody else: what lies there decides.
-            self._compare(sha256, None)
+            self._compare(sha256)
         if not shown and (stored := Source(place, ask).size) != self.size:
             raise self._damaged(f"{stored} bytes are there where {self.size} bytes were sent")
         self.sha256 = sha256
@@ -179,40 +179,28 @@ class _File:
         self.transfer.moved(self.size)
 
     def _through_the_filesystem(self) -> None:
-        """put_file, and then the store's own checksum or one read-back."""
+        """put_file, and then one read-back."""
         place = self.place
         with self.slots:
-            sha256, md5 = self._hashes()
+            sha256 = self._hash()
             # One request of any length, which the client divides: only the transfer's deadline bounds it.
             self.transfer.ask(place, lambda: place.fs.put_file(str(self.source), place.path), self.size)
             self._check_unchanged()
-            self._compare(sha256, md5)
+            self._compare(sha256)
         self.sha256 = sha256
         self.close()
         self.transfer.moved(self.size)
 
-    def _hashes(self) -> tuple[str, str]:
-        sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    def _hash(self) -> str:
+        sha256 = hashlib.sha256()
         with _Chunk(self.transfer, self.transfer.budget.chunk) as buffer:
             for start in range(0, self.size, len(buffer)):
-                data = self._read(start, memoryview(buffer)[: self.size - start])
-                sha256.update(data)
-                md5.update(data)
-        return sha256.hexdigest(), md5.hexdigest()
+                sha256.update(self._read(start, memoryview(buffer)[: self.size - start]))
+        return sha256.hexdigest()
 
-    def _compare(self, sha256: str, md5: str | None) -> None:
-        """LlmftError where what lies in storage is not what was sent."""
+    def _compare(self, sha256: str) -> None:
+        """LlmftError where what lies in storage is not what was sent: it is read back."""
         place, ask = self.place, self.transfer.ask
-        if md5 is not None:
-            told = info(place, ask)
-            stored_md5 = place.backend.stored_md5(told)
-            if stored_md5 is not None:
-                if (int(told["size"]), stored_md5) != (self.size, md5):
-                    raise self._damaged(
-                        f"{told['size']} bytes with MD5 {stored_md5[:12]}… are there where {self.size} bytes with "
-                        f"{md5[:12]}… were sent"
-                    )
-                return
         stored = Source(place, ask)
         digest = hashlib.sha256()
         for start in range(0, stored.size, self.transfer.budget.chunk):

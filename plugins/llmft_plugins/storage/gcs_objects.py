@@ -147,8 +147,9 @@ class GcsObjects(RangedReads, VerifiedUploads):
         self._client.insert(f"{self._folder(path)}{upload}/{number:05d}", data, piece.checksums)
         return piece.tag
 
-    def complete(self, path: str, upload: str, tags: Sequence[str]) -> None:
-        """Goes on where an earlier call ended: the pieces that it made are used."""
+    def complete(self, path: str, upload: str, tags: Sequence[str]) -> bool:
+        """Goes on where an earlier call ended: the pieces that it made are used. Size and CRC32C of the whole are
+        compared."""
         wanted = [_Piece.wanted(number, tag) for number, tag in enumerate(tags, 1)]
         pieces = self._cover(path, upload, wanted)
         if pieces:
@@ -161,6 +162,7 @@ class GcsObjects(RangedReads, VerifiedUploads):
         elif not self._is_composed(path, upload, reduce(_Piece.__add__, wanted)):
             raise FileNotFoundError(f"parts of the upload {upload} to gs://{path} are no longer there")
         self.abandon(path, upload)
+        return True
 
     def abandon(self, path: str, upload: str) -> None:
         bucket = path.partition("/")[0]
