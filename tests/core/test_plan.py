@@ -278,3 +278,12 @@ def test_chosen_options_follow_the_choice(catalog: Catalog) -> None:
 def test_a_choice_needs_to_be_a_name_or_a_mapping(catalog: Catalog, kind: str) -> None:
     with pytest.raises(Problems, match=f"^{kind}: "):
         resolve([Layer("flags", {kind: 7})], catalog)
+
+
+def test_lists_are_comma_separated_or_repeated(catalog: Catalog) -> None:
+    plan = resolve([flags(data={"mix": ["2,0.5", "1"]})], catalog)
+    assert plan.data.mix == [2, 0.5, 1]
+    assert resolve([flags(data={"mix": "3"})], catalog).data.mix == [3]
+    assert resolve([flags(data={"mix": [3, 0.5]})], catalog).data.mix == [3, 0.5]
+    with pytest.raises(Problems, match=r"data\.mix\.1: '0': input should be greater than 0"):
+        resolve([flags(data={"mix": "1,0"})], catalog)

@@ -166,3 +166,23 @@ def test_a_mix_of_the_wrong_length(folder: Path, capsys: pytest.CaptureFixture[s
             "in their order"
         ],
     )
+
+
+def test_several_sources_by_flags_yaml_and_environment(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate("abc"):
+        write(f"{name}.jsonl", row(number) + BAD)
+    names = ["a.jsonl:2", "b.jsonl:2", "c.jsonl:2"]
+
+    def bad(*flags: str) -> list[str]:
+        found = json.loads("\n".join(check(capsys, "--dataset", "gsm8k", "--json", *flags)[1]))
+        return [f"{one['origin']['source']}:{one['origin']['line']}" for one in found["bad_rows"]["first"]]
+
+    assert bad("--dataset.train", "a.jsonl,b.jsonl", "--dataset.train", "c.jsonl") == names
+    assert bad("--dataset.train", "?.jsonl", "--data.mix", "2") == names
+    write("run.yaml", "dataset:\n  name: gsm8k\n  train: [a.jsonl, b.jsonl, c.jsonl]\ndata:\n  mix: [1, 0.5, 2]\n")
+    assert bad("--plan", "run.yaml") == names
+    monkeypatch.setenv("LLMFT_DATASET", "gsm8k")  # an option belongs to the plugin that its own layer chooses
+    monkeypatch.setenv("LLMFT_DATASET_TRAIN", "a.jsonl,c.jsonl")
+    assert bad() == [names[0], names[2]]
