@@ -13,6 +13,7 @@ from toy_tokenizers import byte_level_tokenizer
 
 from llmft_core import Conversation, DatasetFormat, InputError, Message, Problems, RowProblem, SourceOptions
 from llmft_core.data.prepare import PreparedData, prepare
+from llmft_core.data.sources import find_sources
 from llmft_core.plan import RunPlan
 
 # What a line is → field and reason, or nothing where the row is good.
@@ -93,7 +94,7 @@ def prepared(folder: Path, tokenizer: Any, context_length: int = 64, **data: Any
     dataset = Pairs(SourceOptions.model_validate({"source": "d"}))
     options = {name.replace("_", "-"): value for name, value in {"on_long": "error", **data}.items()}
     plan = RunPlan.model_validate({"context-length": context_length, "data": options})
-    return prepare(dataset, plan, tokenizer, "print", None, folder / "cache")
+    return prepare(dataset, find_sources(dataset, None, plan.data.mix), plan, tokenizer, "print", folder / "cache")
 
 
 def good(count: int, start: int = 0) -> str:
@@ -204,7 +205,7 @@ def test_what_looks_wrong_is_said_and_trains(folder: Path, tokenizer: Any) -> No
     (folder / "d").rename(folder / "e")
     dataset = Pairs(SourceOptions.model_validate({"source": "e"}))
     plan = RunPlan.model_validate({"context-length": 64, "data": {"on-long": "error"}})
-    moved = prepare(dataset, plan, tokenizer, "print", None, folder / "cache")
+    moved = prepare(dataset, find_sources(dataset, None, plan.data.mix), plan, tokenizer, "print", folder / "cache")
     assert moved.folder == data.folder
     assert warnings(moved) == [text.replace("d/t", "e/t") for text in expected]
 
@@ -232,7 +233,9 @@ def test_tokens_that_never_occur_and_rows_without_a_prompt(folder: Path) -> None
     def said(**data: Any) -> list[str]:
         plan = RunPlan.model_validate({"data": data})
         dataset = NoPrompt(SourceOptions.model_validate({"source": "d"}))
-        return warnings(prepare(dataset, plan, tokenizer, "print", None, folder / "cache"))
+        return warnings(
+            prepare(dataset, find_sources(dataset, None, plan.data.mix), plan, tokenizer, "print", folder / "cache")
+        )
 
     never = "the token <NEVER> never occurs in train"
     assert said() == ["1 row without a prompt: everything in it is trained: d/train.jsonl:2", never]
