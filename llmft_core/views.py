@@ -101,15 +101,17 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class ContextFit:
-    """What one context length would mean. Wastes are the share of computed positions that are padding; they and the
-    rows are of what fits, so they are None where nothing does."""
+    """What one context length would mean. Wastes are the share of computed positions that are padding; they are of
+    what fits, so None where nothing does."""
 
     context: int  # tokens
     over: int  # rows that are longer
     over_share: float
-    rows: int  # that fit
-    tokens: int  # of the rows that fit
+    rows: int  # of the first epoch, of those that fit
+    tokens: int  # of these rows
+    steps: int  # optimizer steps of that epoch
     packed_rows: int  # rows of `context` tokens that hold them, packed best-fit
+    packed_steps: int
     sorted: float | None  # unpacked: sorted within global batches, padded to the longest of each micro-batch
     packed: float | None
     full: float | None  # unpacked, every row padded to the context

@@ -46,7 +46,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
             "--data.validation-fraction"
         )
     if own.row:
-        numbers = [find_row(table, wanted, material.data.report.splits[own.split]) for wanted in own.row]
+        report = material.data.report.splits[own.split]
+        numbers = [find_row(table, wanted, report.files, report.dropped_origins) for wanted in own.row]
     else:
         numbers = picked_rows(table, own.pick, own.rows, plan.seed)
     speller = Speller(material.tokenizer)

@@ -55,6 +55,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
 
 def figures(plan: RunPlan, given: Given) -> Shown:
     """The figures of all splits, of rows of any length. Raises Problems."""
+    from llmft_core.data.order import mix_of
     from llmft_core.data.statistics import split_statistics
     from llmft_core.placing import likely_micro_batch
     from llmft_core.report.statistics import Shown
@@ -63,10 +64,11 @@ def figures(plan: RunPlan, given: Given) -> Shown:
     # Nothing is dropped, so that other context lengths can be judged; these tables serve any --context-length.
     data = plan.data.model_copy(update={"on_long": "drop"})
     material = rows_of(plan.model_copy(update={"context_length": NO_LIMIT, "data": data}), given)
+    mixes = {"train": mix_of(material.data), "test": None}
     tables = {"train": material.data.train, "test": material.data.test}
     return Shown(
         splits={
-            name: split_statistics(table, report.source, material.tokenizer, plan, micro_batch)
+            name: split_statistics(table, report.source, material.tokenizer, plan, micro_batch, mixes[name])
             for name, report in material.data.report.splits.items()
             if (table := tables[name]) is not None
         },

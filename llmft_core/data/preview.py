@@ -10,7 +10,6 @@ import numpy as np
 
 from llmft_core.data.batches import Form, arrange, collate
 from llmft_core.data.order import Order
-from llmft_core.data.report import SplitReport
 from llmft_core.data.tables import TokenTable
 from llmft_core.errors import InputError
 from llmft_core.plan import RunPlan
@@ -91,43 +90,38 @@ def picked_rows(table: TokenTable, pick: Pick, count: int, seed: int) -> list[in
         order = np.argsort(table.trained_counts / table.lengths, kind="stable")
     else:
         sign = -1 if pick == "longest" else 1
-        order = np.argsort(sign * np.diff(table.offsets), kind="stable")
+        order = np.argsort(sign * table.lengths, kind="stable")
     return [int(row) for row in order[:count]]
 
 
-def find_row(table: TokenTable, wanted: str, report: SplitReport) -> int:
-    """The row, from 0, that `N` (counted from 1) or `FILE:LINE` names; FILE may be the end of the path. Raises
-    InputError where there is none."""
+def find_row(table: TokenTable, wanted: str, files: Sequence[str], dropped: Sequence[str]) -> int:
+    """The row, from 0, that `N` (counted from 1) or `FILE:LINE` names; FILE may be the end of a path. `files` are those
+    of the split, `dropped` the `FILE:LINE` of rows that were too long, as far as they are known. Raises InputError
+    where there is no such row."""
     name, colon, line = wanted.rpartition(":")
     if not (line.isascii() and line.isdigit()) or (colon and not name):
         raise InputError(f"--row {wanted}: give FILE:LINE, or the number of a row, 1 to {len(table)}")
     number = int(line)
     if not name:
         if not 1 <= number <= len(table):
-            raise InputError(f"--row {wanted}: there are rows 1 to {len(table)} in {report.source}")
+            raise InputError(f"--row {wanted}: there are rows 1 to {len(table)}")
         return number - 1
-    found = [int(row) for row in np.flatnonzero(table.lines == number)]
-    found = [row for row in found if _is_named(table.origin(row).source, name)]
+    named = {file for file in files if file == name or file.endswith(f"/{name}")}
+    if not named:
+        some = " and ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "")
+        raise InputError(f"--row {wanted}: no rows come from {name}; they come from {some}")
+    distance = np.abs(table.lines.astype(np.int64) - number)
+    found = [row for row in np.flatnonzero(distance == 0).tolist() if table.origin(row).source in named]
     if len(found) > 1:
         both = " and ".join(str(table.origin(row)) for row in found[:2])
         raise InputError(f"--row {wanted}: is {both}: give more of the path")
     if found:
-        return found[0]
-    sources = sorted({table.origin(0).source, table.origin(len(table) - 1).source})
-    if not any(_is_named(source, name) for source in sources):
-        raise InputError(f"--row {wanted}: no rows come from {name}; they come from {' and '.join(sources)}")
-    lost = next((origin for origin in report.dropped_origins if origin.endswith(wanted)), "")
-    if lost:
+        return int(found[0])
+    if any(f"{file}:{number}" in dropped for file in named):
         raise InputError(f"--row {wanted}: is longer than the context and was dropped: raise --context-length")
-    nearest = table.origin(int(np.argmin(np.abs(table.lines.astype(np.int64) - number))))
-    raise InputError(
-        f"--row {wanted}: no row came from that line: it is empty, beyond the end, or was left out; the nearest is "
-        f"{nearest}"
-    )
-
-
-def _is_named(source: str, name: str) -> bool:
-    return source == name or source.endswith(f"/{name}")
+    nearest = next((row for row in np.argsort(distance, kind="stable") if table.origin(int(row)).source in named), None)
+    near = f"; the nearest is {table.origin(int(nearest))}" if nearest is not None else ""
+    raise InputError(f"--row {wanted}: no row came from that line: it is empty, beyond the end, or was left out{near}")
 
 
 def batch_view(table: TokenTable, order: Order, plan: RunPlan, micro_batch: int) -> BatchView:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmft_core.data.batches import SHORTEST, padding_waste
-from llmft_core.data.order import Order, packed_rows
+from llmft_core.data.batches import SHORTEST, padding_waste, steps_of
+from llmft_core.data.order import Mix, Order, packed_rows
 from llmft_core.data.preview import Speller
 from llmft_core.data.tables import TokenTable
 from llmft_core.plan import RunPlan
@@ -22,11 +22,11 @@ FREQUENT = 10
 CHUNK = 1 << 22
 """Token ids that are counted at once."""
 
-Lengths = npt.NDArray[np.int32]
+Lengths = npt.NDArray[np.integer]
 
 
 def split_statistics(
-    table: TokenTable, source: str, tokenizer: Any, plan: RunPlan, micro_batch: int
+    table: TokenTable, source: str, tokenizer: Any, plan: RunPlan, micro_batch: int, mix: Mix | None
 ) -> SplitStatistics:
     """Of a table that was made without a limit for the length; `source` is what its rows are from."""
     lengths = table.lengths
@@ -40,8 +40,7 @@ def split_statistics(
         trained=percentiles(table.trained_counts),
         histogram=histogram(lengths),
         contexts=tuple(
-            context_fit(lengths, each, plan.seed, plan.global_batch, micro_batch)
-            for each in sorted({*CONTEXTS, plan.context_length})
+            context_fit(lengths, mix, each, plan, micro_batch) for each in sorted({*CONTEXTS, plan.context_length})
         ),
         vocabulary=vocabulary(table, tokenizer),
     )
@@ -66,21 +65,27 @@ def histogram(lengths: Lengths) -> Histogram:
     return Histogram(first * step, step, tuple(int(count) for count in counts))
 
 
-def context_fit(lengths: Lengths, context: int, seed: int, global_batch: int, micro_batch: int) -> ContextFit:
-    """What `context` tokens would mean for rows of these lengths (rows,)."""
-    kept = lengths[lengths <= context]
+def context_fit(
+    lengths: npt.NDArray[np.int32], mix: Mix | None, context: int, plan: RunPlan, micro_batch: int
+) -> ContextFit:
+    """What `context` tokens would mean for the first epoch of rows of these lengths (rows,). The plan says the rest."""
+    fits = lengths <= context
+    over = len(lengths) - int(np.count_nonzero(fits))
+    mix = Mix(mix.source_of_row[fits], mix.weights) if mix else None
+    kept = lengths[fits]
+    kept = kept[Order(kept, plan.seed, 0, mix).epoch(0).samples]  # in their order; a mix has some of them twice
     tokens = int(kept.sum())
     packed = packed_rows(kept, context)
-    in_order = kept[Order(kept, seed, capacity=0).epoch(0).samples].astype(np.int64)
-    over = len(lengths) - len(kept)
     return ContextFit(
         context=context,
         over=over,
         over_share=over / len(lengths),
         rows=len(kept),
         tokens=tokens,
+        steps=steps_of(len(kept), plan.global_batch, drop_last=plan.data.drop_last),
         packed_rows=packed,
-        sorted=padding_waste(in_order, global_batch, micro_batch, SHORTEST) if tokens else None,
+        packed_steps=steps_of(packed, plan.global_batch, drop_last=plan.data.drop_last),
+        sorted=padding_waste(kept.astype(np.int64), plan.global_batch, micro_batch, SHORTEST) if tokens else None,
         packed=1 - tokens / (packed * context) if tokens else None,
         full=1 - tokens / (len(kept) * context) if tokens else None,
     )

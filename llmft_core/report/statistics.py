@@ -71,7 +71,7 @@ def context_table(name: str, split: SplitStatistics, shown: Shown) -> Table:
     def cells(fit: ContextFit) -> list[str]:
         longer = f"{words.count(fit.over)} ({100 * fit.over_share:.2f} %)" if fit.over else "0"
         padding = ["–" if waste is None else words.share(waste) for waste in (fit.sorted, fit.packed, fit.full)]
-        steps = [words.count(-(-rows // shown.global_batch)) for rows in (fit.rows, fit.packed_rows)]
+        steps = [words.count(steps) for steps in (fit.steps, fit.packed_steps)]
         numbers = [words.count(fit.context), longer, *padding, words.count(fit.packed_rows)]
         return [*numbers, *(steps if name == "train" else [])]
 

@@ -11,20 +11,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tables import random_table
+from tables import ListTable, random_table
 from toy_tokenizers import byte_level_tokenizer, metaspace_tokenizer, save_toy_tokenizer
 
-from llmft_core import EncodedExample, InputError
+from llmft_core import InputError, Origin
 from llmft_core.cli.main import main
 from llmft_core.data.batches import Form, arrange, collate
 from llmft_core.data.order import Order
 from llmft_core.data.preview import Speller, batch_view, find_row, picked_rows, row_view
-from llmft_core.data.report import SplitReport
-from llmft_core.data.tables import TokenTable, writing
+from llmft_core.data.tables import TokenTable
 from llmft_core.plan import RunPlan
 from llmft_core.report.rows_html import rows_page
 from llmft_core.report.rows_text import print_rows
@@ -71,20 +71,23 @@ def test_a_tokenizer_without_a_decoder(tmp_path: Path) -> None:
 # --- rows of a table ----------------------------------------------------------------------------------------------
 
 
+COUNTS = ((2, 1), (5, 1), (3, 2), (5, 3))
+
+
+def named(table: TokenTable, source: str, lines: list[int]) -> TokenTable:
+    """The table, with names for its rows."""
+    table.sources, table.lines = (source,), np.array(lines, dtype=np.int32)
+    return table
+
+
 @pytest.fixture
-def table(tmp_path: Path) -> TokenTable:
+def table() -> TokenTable:
     """Rows of 2, 5, 3 and 5 tokens, of which 1, 1, 2 and 3 are trained, from lines 1, 2, 4 and 7."""
-    with writing(tmp_path / "table") as writer:
-        for line, length, trained in ((1, 2, 1), (2, 5, 1), (4, 3, 2), (7, 5, 3)):
-            ids = tuple(range(10, 10 + length))
-            writer.append(EncodedExample(ids, (-100,) * (length - trained) + ids[length - trained :]), line)
-    return TokenTable(tmp_path / "table", "data/train.jsonl")
+    rows = [(list(range(length)), [-100] * (length - trained) + [1] * trained) for length, trained in COUNTS]
+    return named(ListTable(rows), "data/train.jsonl", [1, 2, 4, 7])
 
 
-def report(**changes: Any) -> SplitReport:
-    values: dict[str, Any] = dict.fromkeys(("rows_read", "rows", "dropped", "cut", "tokens", "trained_tokens"), 4)
-    values |= {"source": "data/train.jsonl", "source_digest": "", "longest": 5, "longest_read": 5, "ends_trained": 1.0}
-    return SplitReport(**{**values, "dropped_origins": (), "cut_origins": (), **changes})
+FILES = ("data/train.jsonl", "more/train.jsonl", "data/other.jsonl")
 
 
 def test_which_rows_are_picked(table: TokenTable) -> None:
@@ -96,31 +99,38 @@ def test_which_rows_are_picked(table: TokenTable) -> None:
     assert picked_rows(table, "random", 2, 1) == picked_rows(table, "random", 4, 1)[:2]
 
 
-def test_a_first_token_is_never_trained(tmp_path: Path) -> None:
-    with writing(tmp_path / "all") as writer:
-        writer.append(EncodedExample((5, 6), (5, 6)), 1)
-    row = row_view(TokenTable(tmp_path / "all", "t"), 0, Speller(BYTE_LEVEL))
+def test_a_first_token_is_never_trained() -> None:
+    row = row_view(named(ListTable([([5, 6], [5, 6])]), "t", [1]), 0, Speller(BYTE_LEVEL))
+    assert row.origin == "t:1"
     assert [piece.trained for piece in row.pieces] == [False, True]
     assert row.trained_tokens == 1
 
 
 @pytest.mark.parametrize("wanted", ["3", "train.jsonl:4", "data/train.jsonl:4"])
 def test_a_row_is_found(table: TokenTable, wanted: str) -> None:
-    assert find_row(table, wanted, report()) == 2
+    assert find_row(table, wanted, FILES, ()) == 2
 
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("0", "--row 0: there are rows 1 to 4 in data/train.jsonl"),
-        ("5", "--row 5: there are rows 1 to 4 in data/train.jsonl"),
+        ("0", "--row 0: there are rows 1 to 4"),
+        ("5", "--row 5: there are rows 1 to 4"),
         ("train.jsonl", "--row train.jsonl: give FILE:LINE, or the number of a row, 1 to 4"),
         (":3", "--row :3: give FILE:LINE, or the number of a row, 1 to 4"),
-        ("ain.jsonl:4", "--row ain.jsonl:4: no rows come from ain.jsonl; they come from data/train.jsonl"),
+        (
+            "ain.jsonl:4",
+            "--row ain.jsonl:4: no rows come from ain.jsonl; they come from data/train.jsonl and more/train.jsonl "
+            "and 1 more",
+        ),
         (
             "train.jsonl:5",
             "--row train.jsonl:5: no row came from that line: it is empty, beyond the end, or was left out; the "
             "nearest is data/train.jsonl:4",
+        ),
+        (
+            "other.jsonl:4",
+            "--row other.jsonl:4: no row came from that line: it is empty, beyond the end, or was left out",
         ),
         (
             "train.jsonl:6",
@@ -130,8 +140,23 @@ def test_a_row_is_found(table: TokenTable, wanted: str) -> None:
 )
 def test_a_row_that_is_not_there(table: TokenTable, wanted: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        find_row(table, wanted, report(dropped_origins=("data/train.jsonl:6",)))
+        find_row(table, wanted, FILES, ("data/train.jsonl:6",))
     assert str(caught.value) == said
+
+
+class TwoFiles(ListTable):
+    """Every row is line 4 of a file of its own."""
+
+    def origin(self, index: int) -> Origin:
+        return Origin(FILES[index], 4)
+
+
+def test_a_name_of_two_files_is_not_guessed() -> None:
+    table = TwoFiles([([1, 2], [1, 2])] * 2)
+    table.lines = np.array([4, 4], dtype=np.int32)
+    assert find_row(table, "more/train.jsonl:4", FILES, ()) == 1
+    with pytest.raises(InputError, match=r"is data/train.jsonl:4 and more/train.jsonl:4: give more of the path"):
+        find_row(table, "train.jsonl:4", FILES, ())
 
 
 @pytest.mark.parametrize("packing", ["none", "best-fit"])
@@ -316,7 +341,7 @@ def test_the_command_shows_rows_and_writes_a_page(folder: Path, capsys: pytest.C
         (["--pick", "best"], "argument --pick: invalid choice: 'best' (choose from"),
         (["--rows", "0"], "--rows 0: show at least 1 row"),
         (["--rows", "many"], "argument --rows: invalid int value: 'many'"),
-        (["--row", "9"], "--row 9: there are rows 1 to 2 in train.jsonl"),
+        (["--row", "9"], "--row 9: there are rows 1 to 2"),
         (["--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder nowhere"),
         (["--html", "."], "--html .: is a folder"),
         (["--html", "/proc/page.html"], "--html /proc/page.html: cannot be written (No such file or directory)"),

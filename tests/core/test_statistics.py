@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import ListTable, random_table
 from toy_tokenizers import metaspace_tokenizer
 
-from llmft_core import EncodedExample
+from llmft_core import Placement
 from llmft_core.cli.main import main
-from llmft_core.data.order import packed_rows
+from llmft_core.data.order import Mix, Order, packed_rows
 from llmft_core.data.statistics import context_fit, histogram, percentiles, vocabulary
-from llmft_core.data.tables import TokenTable, writing
+from llmft_core.data.steps import first_epoch
+from llmft_core.plan import RunPlan
 from llmft_core.report.histogram import bins, histogram_lines, histogram_svg
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=60).map(lambda values: np.array(values, dtype=np.int64))
@@ -68,27 +70,48 @@ def test_packing_by_histogram_is_best_fit_decreasing(values: Any, context: int) 
     assert packed_rows(values, context) == best_fit_decreasing(values.tolist(), context)
 
 
+@pytest.mark.parametrize("packing", ["none", "best-fit"])
+def test_padding_is_that_of_a_run(packing: str) -> None:
+    plan = RunPlan.model_validate({"context-length": 90, "global-batch": 10, "seed": 3, "data": {"packing": packing}})
+    order = Order.of(random_table(150, 50, 90), plan)
+    run = first_epoch(order, plan, Placement(1, "cpu", "fp32", 5, 2, 1.0))
+    fit = context_fit(order.lengths, None, 90, plan, 5)
+    assert fit.rows == 150
+    assert fit.packed_rows == run.packed_rows
+    assert fit.packed == run.packed_padding
+    if packing == "none":
+        assert fit.sorted == run.padding
+
+
 def test_what_a_context_would_mean() -> None:
-    fit = context_fit(np.array([100, 60, 40, 101, 30]), 100, 0, 4, 1)
+    fit = context_fit(
+        np.array([100, 60, 40, 101, 30], dtype=np.int32), None, 100, RunPlan.model_validate({"global-batch": 4}), 1
+    )
     assert (fit.over, fit.over_share, fit.rows, fit.tokens, fit.packed_rows) == (1, 0.2, 4, 230, 3)
     assert fit.sorted == 0
     assert fit.packed == pytest.approx(1 - 230 / 300)
     assert fit.full == pytest.approx(1 - 230 / 400)
 
 
+def test_rows_of_a_mix_count_as_often_as_they_are_trained() -> None:
+    plan = RunPlan.model_validate({"global-batch": 2, "data": {"drop-last": True}})
+    lengths = np.array([10, 20, 30, 99], dtype=np.int32)
+    fit = context_fit(lengths, Mix(np.array([0, 1, 1, 1]), (3.0, 1.0)), 30, plan, 1)
+    assert (fit.over, fit.over_share) == (1, 0.25)
+    assert (fit.rows, fit.tokens, fit.packed_rows) == (5, 80, 3)
+    assert (fit.steps, fit.packed_steps) == (2, 1)
+
+
 def test_a_context_in_which_nothing_fits() -> None:
-    fit = context_fit(np.array([100, 60]), 50, 0, 4, 1)
+    fit = context_fit(np.array([100, 60], dtype=np.int32), None, 50, RunPlan(), 1)
     assert (fit.over, fit.rows, fit.packed_rows) == (2, 0, 0)
     assert (fit.sorted, fit.packed, fit.full) == (None, None, None)
 
 
-def test_the_vocabulary_is_counted(tmp_path: Path) -> None:
+def test_the_vocabulary_is_counted() -> None:
     tokenizer = metaspace_tokenizer()
     rows = [tokenizer(text)["input_ids"] for text in ("How many apples<END_Q>", "How many<unk>", "Two")]
-    with writing(tmp_path / "t") as writer:
-        for line, ids in enumerate(rows, 1):
-            writer.append(EncodedExample(tuple(ids), tuple(ids)), line)
-    found = vocabulary(TokenTable(tmp_path / "t", "t"), tokenizer)
+    found = vocabulary(ListTable([(ids, ids) for ids in rows]), tokenizer)
     counts = Counter(index for ids in rows for index in ids)
     assert found.size == len(tokenizer)
     assert found.used == len(counts)

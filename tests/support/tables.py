@@ -18,6 +18,8 @@ class ListTable(TokenTable):
         self.trained = np.concatenate([np.array(labels) != -100 for _, labels in rows]).astype(np.uint8)
         self.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
         self.lines = np.arange(1, len(rows) + 1, dtype=np.int32)
+        self.files = np.zeros(len(rows), dtype=np.uint16)
+        self.sources = ("table",)
 
 
 class InMemory:
