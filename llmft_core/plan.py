@@ -251,7 +251,8 @@ class Layer:
 def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge layers, the later the stronger; also says which layer each dotted path came from.
 
-    Choosing another plugin of a kind drops the options that a weaker layer gave to the one it replaces.
+    Choosing another plugin of a kind drops the options that a weaker layer gave to the one that it named. Options of
+    which no layer says whose they are belong to the plugin that is chosen in the end, the default one or another.
     """
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -259,15 +260,15 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
         for key, value in layer.data.items():
             if key in (*SINGLE_KINDS, "model"):
                 value = as_choice(value)
-                if key != "model" and isinstance(value, Mapping):
-                    # Options without a name belong to the default plugin: `storage: {root: r}` is local's root.
-                    default = RunPlan.model_fields[key].default or {}
-                    old = merged.setdefault(key, dict(default))
-                    if isinstance(old, dict) and "name" in old and value.get("name", old["name"]) != old["name"]:
-                        merged[key] = {}
+                named = merged[key].get("name") if isinstance(merged.get(key), dict) else None
+                if key != "model" and named and isinstance(value, Mapping) and value.get("name", named) != named:
+                    merged[key] = {}
             if key == "tracker":
                 value = as_choices(value)
             _merge_into(merged, key, value, key, layer.source, sources)
+    for key in SINGLE_KINDS:
+        if isinstance(merged.get(key), dict) and "name" not in merged[key]:
+            merged[key] = {**(RunPlan.model_fields[key].default or {}), **merged[key]}
     return merged, sources
 
 

@@ -159,6 +159,14 @@ def test_options_of_the_same_plugin_are_joined() -> None:
     assert merge([weak, flags(storage={"prefix": "p"})])[0]["storage"] == {"name": "s3", "bucket": "b", "prefix": "p"}
 
 
+def test_options_that_name_no_plugin_belong_to_the_one_that_is_chosen() -> None:
+    """`LLMFT_DATASET_TRAIN=x llmft run --dataset gsm8k`: dropped without a word, they would be another run."""
+    nameless = Layer("environment", {"storage": {"bucket": "b"}})
+    assert merge([nameless, flags(storage="s3")])[0]["storage"] == {"name": "s3", "bucket": "b"}
+    assert merge([nameless])[0]["storage"] == {"name": "local", "bucket": "b"}
+    assert merge([nameless, flags(storage="s3"), flags(storage="local")])[0]["storage"] == {"name": "local"}
+
+
 def test_layers_are_not_changed_by_merging() -> None:
     weak = Layer("llmft.yaml", {"storage": {"name": "s3", "bucket": "b"}, "tracker": ["jsonl"]})
     before = json.dumps(weak.data)
