@@ -362,6 +362,19 @@ def test_a_passing_fault_in_an_upload_is_outlived(
     assert held(s3_server, remote) == content
 
 
+def test_a_part_may_take_longer_than_a_connection(
+    remote: Place, s3_server: S3Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time-out is for a line on which nothing moves, not for a slow one."""
+    monkeypatch.setattr(s3, "CONNECT_TIMEOUT", 2)
+    content = os.urandom(16 * MIB)
+    (tmp_path / "source").write_bytes(content)
+    proxy.upload_rate = 2 * MIB
+    transfer.upload_many([(tmp_path / "source", remote)], budget=Budget(concurrency=2, chunk=8 * MIB))
+    assert held(s3_server, remote) == content
+    assert proxy.count(b"PUT") == 2, "no part was sent twice"
+
+
 def test_a_killed_upload_continues_in_another_process(
     remote: Place, s3_server: S3Server, proxy: Proxy, tmp_path: Path
 ) -> None:

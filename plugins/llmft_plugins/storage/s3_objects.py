@@ -16,7 +16,7 @@ from typing import Any, cast
 from llmft_core import ChangedMeanwhile, RangedReads, VerifiedUploads
 
 CONNECTIONS = 64  # kept open at most; a transfer uses as many as its budget allows
-PIECE = 2**20  # bytes read from a socket at once
+PIECE = 2**20  # bytes read from a socket, or written to it, at once
 _DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _NOT_FOR_YOU = {"AccessDenied", "403", "NotImplemented", "501", "MethodNotAllowed"}
 
@@ -159,12 +159,37 @@ def _send(
     method: Callable[..., Any], path: str, data: memoryview, digest: hashlib._Hash | None, **names: Any
 ) -> dict[str, Any]:
     """With `digest`, the MD5 of our own bytes, the store refuses other bytes than these."""
-    # botocore takes no memoryview: the memory itself where the data fill it, else a copy.
-    whole = isinstance(data.obj, (bytes, bytearray)) and len(data.obj) == len(data)
-    body = data.obj if whole else bytes(data)
     promise = {} if digest is None else {"ContentMD5": base64.b64encode(digest.digest()).decode()}
     with _as_file_errors(path):
-        return cast(dict[str, Any], method(**_names(path), Body=body, **promise, **names))
+        return cast(dict[str, Any], method(**_names(path), Body=_Body(data), **promise, **names))
+
+
+class _Body:
+    """Data on their way into a request, as botocore and urllib3 read them: piece by piece, each under a time-out of its
+    own. In one piece, a part would have the connection's time-out (5 s) for all of its bytes: too little on a slow
+    line. And it needs no copy, since botocore takes no memoryview."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int | None = None) -> memoryview:
+        """At least so many bytes, if there are: urllib3 asks for 16 KiB, and takes what it gets."""
+        end = len(self._data) if size is None or size < 0 else self._at + max(size, PIECE)
+        piece = self._data[self._at : end]
+        self._at += len(piece)
+        return piece
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """botocore measures the body, and begins again after a redirect."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        self._at = base + offset
+        return self._at
 
 
 def _names(path: str) -> dict[str, str]:
