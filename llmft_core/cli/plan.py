@@ -43,6 +43,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
             "total_steps": ready.job.total_steps,
             "steps_per_epoch": ready.job.steps_per_epoch,
             "padding": ready.padding,
+            "first_epoch": asdict(ready.first_epoch),
             "learning_rates": rates(ready),
             "rows": {name: asdict(split) for name, split in ready.data.report.splits.items()},
             "checkpoint_bytes": ready.checkpoint_bytes,
