@@ -77,6 +77,7 @@ def llmft(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any
     from llmft_core import SourceOptions
     from llmft_core.data.order import Order
     from llmft_core.data.prepare import prepare
+    from llmft_core.data.sources import find_sources
     from llmft_core.plan import RunPlan
     from llmft_plugins.datasets.gsm8k import Gsm8k
 
@@ -85,7 +86,7 @@ def llmft(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any
     plan = RunPlan.model_validate({"context-length": CONTEXT, "data": {"packing": "best-fit"}})
 
     def timed() -> dict[str, Any]:
-        data = prepare(dataset, plan, tokenizer, "print", None, cache)
+        data = prepare(dataset, find_sources(dataset, None), plan, tokenizer, "print", cache)
         packed = len(Order.of(data.train, plan).epoch(0))
         return {"rows": len(data.train), "tokens": data.report.splits["train"].tokens, "packed": packed}
 
