@@ -74,7 +74,6 @@ def make_rows(gsm8k: Path, count: int, target: Path) -> None:
 
 def llmft(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any]]:
     """Ours."""
-    from llmft_core import SourceOptions
     from llmft_core.data.order import Order
     from llmft_core.data.prepare import prepare
     from llmft_core.data.sources import find_sources
@@ -82,7 +81,6 @@ def llmft(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any
     from llmft_plugins.datasets.gsm8k import Gsm8k
 
     dataset = Gsm8k(Gsm8k.options_type.model_validate({"train": str(rows)}))
-    assert isinstance(dataset.options, SourceOptions)
     plan = RunPlan.model_validate({"context-length": CONTEXT, "data": {"packing": "best-fit"}})
 
     def timed() -> dict[str, Any]:

@@ -178,14 +178,13 @@ def in_a_driver(cluster: ThreeNodes, script: str, *args: str, folder: Path, cach
 PREPARE = """
 from dataclasses import asdict
 from pathlib import Path
-from llmft_core import SourceOptions
 from llmft_core.data.prepare import prepare
 from llmft_core.data.sources import find_sources
 from llmft_core.plan import RunPlan
 from llmft_plugins.datasets.gsm8k import Gsm8k
 sys.path.append(sys.argv[4])
 from toy_tokenizers import byte_level_tokenizer
-dataset = Gsm8k(SourceOptions(source=sys.argv[2]))
+dataset = Gsm8k(Gsm8k.options_type(source=sys.argv[2]))
 for engine in ("local", "ray"):
     plan = RunPlan.model_validate({"data": {"engine": engine, "max-dropped": 1.0}, "context-length": 200})
     cache = Path(sys.argv[3]) / engine
