@@ -10,7 +10,8 @@ Every measurement is a process of its own with a cache of its own; the candidate
 disturbs all of them alike. The clock starts when imports and tokenizer are done, and stops when what was made lies on
 the disk. Memory is the largest sum of PSS over the candidate's processes, sampled ten times a second. What each does:
 
-- llmft: reads and hashes the file, checks every row, finds rows that occur twice, encodes and writes the token cache.
+- llmft: reads and hashes the file, checks every row, finds rows that occur twice, encodes, writes the token cache and
+  packs the first epoch.
 - llmft, warm: the same again in a new process, with the cache there.
 - datasets.map: load_dataset("json"), then the tokenizer on whole texts in batches, one process a core. No labels, no
   checks, no packing.
@@ -74,17 +75,19 @@ def make_rows(gsm8k: Path, count: int, target: Path) -> None:
 def llmft(rows: Path, cache: Path, tokenizer: Any) -> Callable[[], dict[str, Any]]:
     """Ours."""
     from llmft_core import SourceOptions
+    from llmft_core.data.order import Order
     from llmft_core.data.prepare import prepare
     from llmft_core.plan import RunPlan
     from llmft_plugins.datasets.gsm8k import Gsm8k
 
     dataset = Gsm8k(Gsm8k.options_type.model_validate({"train": str(rows)}))
     assert isinstance(dataset.options, SourceOptions)
-    plan = RunPlan.model_validate({"context-length": CONTEXT})
+    plan = RunPlan.model_validate({"context-length": CONTEXT, "data": {"packing": "best-fit"}})
 
     def timed() -> dict[str, Any]:
         data = prepare(dataset, plan, tokenizer, "print", None, cache)
-        return {"rows": len(data.train), "tokens": data.report.splits["train"].tokens}
+        packed = len(Order.of(data.train, plan).epoch(0))
+        return {"rows": len(data.train), "tokens": data.report.splits["train"].tokens, "packed": packed}
 
     return timed
 

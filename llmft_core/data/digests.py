@@ -47,7 +47,8 @@ class Digests:
             found = json.loads((self.folder / f"{place}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return ""
-        return str(found["sha256"]) if found == {**identity, "sha256": found.get("sha256")} else ""
+        digest = found.pop("sha256", "") if isinstance(found, dict) else ""
+        return str(digest) if digest and found == identity else ""
 
     def _remember(self, place: str, facts: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from llmft_core.errors import InputError, LlmftError
 class RayEngine:
     """Encodes blocks on the cluster that this process is connected to.
 
-    Why tasks and not Ray Data: see docs/decisions/0011-token-cache.md."""
+    Why tasks and not Ray Data: see docs/decisions/0013-token-cache.md."""
 
     def __init__(self, work: Work) -> None:
         """Raises InputError where this process is connected to no cluster."""

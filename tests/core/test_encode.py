@@ -291,3 +291,25 @@ def test_results_keep_their_order_over_batches(tokenizer: Any) -> None:
         assert (one.tokens if isinstance(one, TooLong) else list(one.input_ids)) == (
             len(expected) if len(expected) > 9 else expected
         )
+
+
+rows_of_texts = st.lists(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.text(max_size=12)), max_size=4), max_size=9
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows_of_texts)
+def test_a_row_is_the_same_alone_and_among_others(tokenizer: Any, rows: list[list[tuple[bool, bool, str]]]) -> None:
+    """Rows are joined for the tokenizer; none may see what stands before it."""
+    conversations = [
+        Conversation(
+            tuple(
+                Message("a", text, True, "<START_A>" if opened else "", "<END_A>" if closed else "")
+                for opened, closed, text in row
+            )
+        )
+        for row in rows
+    ]
+    together = encode(tokenizer, *conversations)
+    assert together == [encode(tokenizer, one)[0] for one in conversations]

@@ -313,6 +313,25 @@ def test_a_damaged_cache_is_named(bench: Bench) -> None:
         PreparedData.open(bench.cache / "nothing")
 
 
+def test_a_flipped_byte_in_the_cache_is_found_where_it_is_read_again(bench: Bench) -> None:
+    bench.write("train", pairs(3))
+    path = bench.prepare().folder / "train" / "ids.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LlmftError, match=r"is damaged \(its tokens are not those that were written\): remove"):
+        bench.prepare(data={"rehash": True})
+
+
+@pytest.mark.parametrize("name", ["ids", "trained", "offsets", "lines", "files"])
+def test_an_array_that_is_cut_off_is_found(bench: Bench, name: str) -> None:
+    bench.write("train", pairs(3))
+    path = bench.prepare().folder / "train" / f"{name}.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LlmftError, match="is damaged"):
+        bench.prepare()
+
+
 def test_a_cache_that_cannot_be_written(bench: Bench) -> None:
     bench.write("train", pairs(3))
     bench.cache.write_text("a file")
