@@ -19,7 +19,8 @@ from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.hookspecs import KINDS
 from llmft_core.loading import load_plugins
 from llmft_core.options import leaves
-from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options, merge, resolve, resolve_backends
+from llmft_core.plan import SINGLE_KINDS, RunPlan
+from llmft_core.plan_layers import Layer, chosen_options, merge, resolve, resolve_backends
 from llmft_core.plan_sources import (
     PROJECT_FILE,
     environment_layer,
