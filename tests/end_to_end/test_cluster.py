@@ -178,16 +178,17 @@ def in_a_driver(cluster: ThreeNodes, script: str, *args: str, folder: Path, cach
 PREPARE = """
 from dataclasses import asdict
 from pathlib import Path
-from llmft_core import SourceOptions
 from llmft_core.data.prepare import prepare
+from llmft_core.data.sources import find_sources
 from llmft_core.plan import RunPlan
 from llmft_plugins.datasets.gsm8k import Gsm8k
 sys.path.append(sys.argv[4])
 from toy_tokenizers import byte_level_tokenizer
-dataset = Gsm8k(SourceOptions(source=sys.argv[2]))
+dataset = Gsm8k(Gsm8k.options_type.model_validate({"source": sys.argv[2]}))
 for engine in ("local", "ray"):
     plan = RunPlan.model_validate({"data": {"engine": engine, "max-dropped": 1.0}, "context-length": 200})
-    data = prepare(dataset, plan, byte_level_tokenizer(), "print", None, Path(sys.argv[3]) / engine)
+    sources = find_sources(dataset, None)
+    data = prepare(dataset, sources, plan, byte_level_tokenizer(), "print", Path(sys.argv[3]) / engine)
     splits = {split: asdict(one) for split, one in data.report.splits.items()}
     import json
     print(json.dumps([data.report.content_digest, splits], sort_keys=True))
