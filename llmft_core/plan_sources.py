@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, Problem, close_match
 from llmft_core.options import leaves
-from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options
+from llmft_core.plan import SINGLE_KINDS, RunPlan
+from llmft_core.plan_layers import Layer, chosen_options
 
 PREFIX = "LLMFT_"
 RESERVED = {

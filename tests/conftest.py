@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from servers import GcsServer, S3Server, gcs_emulator, moto, rclone_s3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,6 +21,9 @@ _scratch: list[str] = []
 
 def pytest_configure() -> None:
     """Before any test module is imported, because some libraries read the environment at import."""
+    # Hypothesis would take a busy machine for a slow function.
+    settings.register_profile("llmft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("llmft")
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     _scratch.append(tempfile.mkdtemp(prefix="llmft-tests-"))

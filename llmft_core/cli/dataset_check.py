@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from llmft_core.cli.flags import Given, Parser, read_flags
+from llmft_core.cli.flags import Given, read_beside
 from llmft_core.cli.run import quiet
 from llmft_core.data.faults import BadRows
 from llmft_core.errors import InputError, Problem, Problems
@@ -36,14 +36,10 @@ class Account:
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
     """Returns 0 where all rows can be used as the plan wants, warnings or not; raises InputError where not, after the
     account has been printed."""
-    early = Parser(prog=PROG)
-    add_own_flags(early)
-    own, rest = early.parse_known_args(list(argv))
-    given = read_flags(rest, environ, folder, PROG)
-    if given.help:
-        add_own_flags(given.parser)
-        given.parser.print_help()
+    read = read_beside(add_own_flags, argv, environ, folder, PROG)
+    if read is None:
         return 0
+    own, given = read
     plan = given.plan()
     if not given.debug:
         quiet()

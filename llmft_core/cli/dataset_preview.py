@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from llmft_core.cli.dataset_rows import check_target, rows_of, write
-from llmft_core.cli.flags import Parser, read_flags
+from llmft_core.cli.flags import read_beside
 from llmft_core.errors import InputError
 from llmft_core.views import Pick
 
@@ -17,14 +17,10 @@ PROG = "llmft dataset preview"
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
     """Returns the exit code; raises LlmftError."""
-    early = Parser(prog=PROG)
-    add_own_flags(early)
-    own, rest = early.parse_known_args(list(argv))
-    given = read_flags(rest, environ, folder, PROG)
-    if given.help:
-        add_own_flags(given.parser)
-        given.parser.print_help()
+    read = read_beside(add_own_flags, argv, environ, folder, PROG)
+    if read is None:
         return 0
+    own, given = read
     if own.rows < 1:
         raise InputError(f"--rows {own.rows}: show at least 1 row")
     check_target("--html", own.html)

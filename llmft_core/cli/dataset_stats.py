@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmft_core.cli.dataset_rows import check_target, rows_of, write
-from llmft_core.cli.flags import Given, Parser, read_flags
+from llmft_core.cli.flags import Given, read_beside
 from llmft_core.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -23,14 +23,10 @@ NO_LIMIT = 2**30
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
     """Returns the exit code; raises LlmftError."""
-    early = Parser(prog=PROG)
-    add_own_flags(early)
-    own, rest = early.parse_known_args(list(argv))
-    given = read_flags(rest, environ, folder, PROG)
-    if given.help:
-        add_own_flags(given.parser)
-        given.parser.print_help()
+    read = read_beside(add_own_flags, argv, environ, folder, PROG)
+    if read is None:
         return 0
+    own, given = read
     check_target("--html", own.html)
     check_target("--svg", own.svg)
     plan = given.plan()

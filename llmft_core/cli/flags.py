@@ -7,7 +7,7 @@ chosen decides which flags exist. See docs/decisions/0003-command-line.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,8 @@ from llmft_core.errors import InputError, Problem, Problems, close_match
 from llmft_core.hookspecs import KINDS
 from llmft_core.loading import load_plugins
 from llmft_core.options import leaves
-from llmft_core.plan import SINGLE_KINDS, Layer, RunPlan, chosen_options, merge, resolve, resolve_backends
+from llmft_core.plan import SINGLE_KINDS, RunPlan
+from llmft_core.plan_layers import Layer, chosen_options, merge, resolve, resolve_backends
 from llmft_core.plan_sources import (
     PROJECT_FILE,
     environment_layer,
@@ -110,6 +111,25 @@ def read_flags(
     problems += unknown_plugins + unknown_flags(extra, list(fields), catalog, choices)
     layers = (*files, from_environment, Layer("flags", from_flags))
     return Given(layers, catalog, tuple(problems), parser, early.debug, early.help)
+
+
+def read_beside(
+    add_own_flags: Callable[[argparse.ArgumentParser], None],
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    folder: Path,
+    prog: str,
+) -> tuple[argparse.Namespace, Given] | None:
+    """A command's own flags, and those of `llmft run` beside them; None after `--help`."""
+    early = Parser(prog=prog)
+    add_own_flags(early)
+    own, rest = early.parse_known_args(list(argv))
+    given = read_flags(rest, environ, folder, prog)
+    if given.help:
+        add_own_flags(given.parser)
+        given.parser.print_help()
+        return None
+    return own, given
 
 
 def chosen(early: argparse.Namespace, environ: Mapping[str, str], files: Sequence[Layer]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, LlmftError
-from llmft_core.plan import Layer
+from llmft_core.plan_layers import Layer
 from llmft_core.plan_sources import parse_plan
 
 LARGEST = 2**20  # bytes

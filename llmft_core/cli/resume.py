@@ -10,7 +10,8 @@ from typing import Any
 from llmft_core.cli.flags import Given, Parser, read_flags
 from llmft_core.cli.run import quiet
 from llmft_core.errors import InputError, Problem, Problems
-from llmft_core.plan import Layer, RunPlan, resolve_backends
+from llmft_core.plan import RunPlan
+from llmft_core.plan_layers import Layer, resolve_backends
 
 PROG = "llmft resume"
 EXAMPLE = f"`{PROG} s3://BUCKET/runs/NAME`"

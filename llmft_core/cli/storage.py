@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmft_core.cli.flags import Parser, add_program_flags, add_storage_flags, read_flags
 from llmft_core.cli.run import quiet
 from llmft_core.errors import InputError, Problems, close_match
-from llmft_core.plan import merge, resolve_storage
+from llmft_core.plan_layers import merge, resolve_storage
 
 if TYPE_CHECKING:
     from llmft_core.storage.check_storage import Finding

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError
 from llmft_core.extensions import ModelFamily
-from llmft_core.plan import RunPlan, family_of_name
+from llmft_core.plan import RunPlan
+from llmft_core.plan_layers import family_of_name
 from llmft_core.weights import hub
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.files import check_complete, check_weights, identity, is_model_file, is_small_file, read_config

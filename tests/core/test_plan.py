@@ -26,7 +26,8 @@ from llmft_core import (
 )
 from llmft_core.catalog import Catalog
 from llmft_core.loading import LoadedPlugins, PluginRecord
-from llmft_core.plan import Layer, RunPlan, chosen_options, family_of_name, merge, resolve
+from llmft_core.plan import RunPlan
+from llmft_core.plan_layers import Layer, chosen_options, family_of_name, merge, resolve
 
 
 class RowOptions(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,6 @@ def errors(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
         (["--precision", "fp16"], "precision: fp16"),
         (["--precision", "fp16", "--strategy", "zero-2"], "precision: fp16"),
         (["--gpus-per-worker", "1"], "gpus-per-worker: there is no GPU here"),
-        (["--context-length", "64"], "longer than --context-length 64"),
         (["--data.train-on", "teacher"], "teacher"),
         (["--model", "./nowhere"], "nowhere"),
         (["--schedule", "cosin"], "(did you mean cosine?)"),
@@ -66,6 +66,15 @@ def test_one_line_says_what_is_wrong(
     found = errors(capsys, *flags)
     assert len(found) == 1, found
     assert wanted in found[0]
+
+
+def test_rows_that_do_not_fit_are_said_of_each_split(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = errors(capsys, "--context-length", "64")
+    splits = [re.search(r"rows? .*longer than --context-length 64 and would be dropped", line) for line in found]
+    assert len(found) == 2, found
+    assert all(splits), found
+    assert " train rows" in found[0]
+    assert " test rows" in found[1]
 
 
 def test_all_problems_of_plan_environment_and_flags_come_together(

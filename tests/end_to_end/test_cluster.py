@@ -184,11 +184,11 @@ from llmft_core.plan import RunPlan
 from llmft_plugins.datasets.gsm8k import Gsm8k
 sys.path.append(sys.argv[4])
 from toy_tokenizers import byte_level_tokenizer
-dataset = Gsm8k(Gsm8k.options_type(source=sys.argv[2]))
+dataset = Gsm8k(Gsm8k.options_type.model_validate({"source": sys.argv[2]}))
 for engine in ("local", "ray"):
     plan = RunPlan.model_validate({"data": {"engine": engine, "max-dropped": 1.0}, "context-length": 200})
-    cache = Path(sys.argv[3]) / engine
-    data = prepare(dataset, find_sources(dataset, None), plan, byte_level_tokenizer(), "print", cache)
+    sources = find_sources(dataset, None)
+    data = prepare(dataset, sources, plan, byte_level_tokenizer(), "print", Path(sys.argv[3]) / engine)
     splits = {split: asdict(one) for split, one in data.report.splits.items()}
     import json
     print(json.dumps([data.report.content_digest, splits], sort_keys=True))

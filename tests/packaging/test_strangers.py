@@ -13,7 +13,7 @@ RESOLVE = """
 import json, sys
 from llmft_core.catalog import Catalog
 from llmft_core.loading import load_plugins
-from llmft_core.plan import Layer, resolve
+from llmft_core.plan_layers import Layer, resolve
 catalog = Catalog(load_plugins())
 print(json.dumps(resolve([Layer("flags", json.loads(sys.argv[1]))], catalog).to_json()))
 """

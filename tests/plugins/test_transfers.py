@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, Proxy, fault_proxy
+from fault_proxy import Fault, Proxy, fault_proxy, refusal
 from servers import S3Server
 
 from llmft_core import ChangedMeanwhile, InputError, LlmftError
@@ -267,6 +267,29 @@ def test_many_files_the_longest_first(remote: Place, s3_server: S3Server, proxy:
     assert list(done) == ["f3145728", "f2097153", "f1000", "f100", "f1", "f0"]
 
 
+def test_more_files_than_requests_are_looked_up_by_one_listing(
+    remote: Place, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    folder = Place(remote.backend, remote.path.rpartition("/")[0])
+    contents = {f"f{number}": os.urandom(1000 + number) for number in range(6)}
+    for name, content in contents.items():
+        lay(s3_server, folder / name, content)
+    wanted = [(folder / name, tmp_path / name, sha256(content)) for name, content in contents.items()]
+    transfer.download_many(wanted, budget=SMALL)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    assert (proxy.count(b"GET", b"list-type=2"), proxy.count(b"HEAD"), proxy.count(b"GET")) == (1, 0, 1 + 6)
+
+
+def test_who_may_not_list_can_still_download(remote: Place, s3_server: S3Server, proxy: Proxy, tmp_path: Path) -> None:
+    folder = Place(remote.backend, remote.path.rpartition("/")[0])
+    for number in range(6):
+        lay(s3_server, folder / f"f{number}", b"%d" % number)
+    proxy.faults = [Fault(lambda head: b"list-type=2" in head, 1, answer=refusal("403 Forbidden", "AccessDenied"))]
+    transfer.download_many([(folder / f"f{n}", tmp_path / f"f{n}", None) for n in range(6)], budget=SMALL)
+    assert [(tmp_path / f"f{number}").read_bytes() for number in range(6)] == [b"%d" % number for number in range(6)]
+    assert proxy.count(b"HEAD") == 6
+
+
 def test_memory_is_bounded_by_the_budget(remote: Place, proxy: Proxy, s3_server: S3Server, tmp_path: Path) -> None:
     """512 MiB with a budget of 4 × 4 MiB, in a process of its own."""
     assert s3_server.folder is not None
@@ -409,6 +432,17 @@ def test_parts_of_another_content_are_not_continued(
     transfer.upload_many([(source, remote)], budget=Budget(1, 5 * MIB))
     assert held(s3_server, remote) == content
     assert proxy.count(b"PUT") - before == 4, "all parts"
+
+
+def test_an_upload_in_parts_costs_one_request_a_part_and_three_more(
+    remote: Place, s3_server: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Its parts' tags, and that of the whole, tell that all arrived: no part is sent twice, no size is asked for."""
+    content = os.urandom(17 * MIB)
+    (tmp_path / "source").write_bytes(content)
+    transfer.upload_many([(tmp_path / "source", remote)], budget=SMALL)
+    assert held(s3_server, remote) == content
+    assert [proxy.count(method) for method in (b"PUT", b"POST", b"GET", b"HEAD")] == [4, 2, 1, 0]
 
 
 # --- create-if-absent ---------------------------------------------------------------------------------------------
