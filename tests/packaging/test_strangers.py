@@ -66,7 +66,7 @@ def test_a_strangers_plugins_resolve_into_a_plan(alone: Installed) -> None:
     done = alone.python("-c", RESOLVE, json.dumps(HELLO))
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["dataset"] == {"name": "hello", "source": "", "train": "", "test": "", "rows": 3, "test-rows": 20}
+    assert plan["dataset"] == {"name": "hello", "source": "", "train": [], "test": [], "rows": 3, "test-rows": 20}
     assert plan["storage"] == {"name": "hello-disk", "root": "/x"}
     assert plan["strategy"] == {"name": "hello-solo"}
 
