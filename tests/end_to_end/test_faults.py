@@ -13,7 +13,7 @@ import psutil
 from command import llmft, llmft_path
 
 RUN = ["--workers", "2", "--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8"]
-RUN += ["--epochs", "3", "--checkpoint.every-epochs", "1", "--strategy", "zero-2", "--state.every-steps", "2"]
+RUN += ["--epochs", "6", "--checkpoint.every-epochs", "1", "--strategy", "zero-2", "--state.every-steps", "2"]
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
