@@ -43,7 +43,7 @@ def folder_at(url: str, test: str) -> Place:
 
 
 @pytest.fixture
-def test_name(request: pytest.FixtureRequest) -> str:
+def node_name(request: pytest.FixtureRequest) -> str:
     return str(request.node.name).replace("[", "-").replace("]", "")
 
 
@@ -56,15 +56,15 @@ def proxy(gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pr
 
 
 @pytest.fixture
-def remote(proxy: Proxy, test_name: str) -> Place:
+def remote(proxy: Proxy, node_name: str) -> Place:
     """A file through the proxy, of this test alone."""
-    return folder_at(proxy.url, test_name) / "file"
+    return folder_at(proxy.url, node_name) / "file"
 
 
 @pytest.fixture
-def behind(gcs_server: GcsServer, test_name: str) -> Place:
+def behind(gcs_server: GcsServer, node_name: str) -> Place:
     """The same file, without the proxy."""
-    return folder_at(gcs_server.endpoint_url, test_name) / "file"
+    return folder_at(gcs_server.endpoint_url, node_name) / "file"
 
 
 @pytest.fixture
@@ -217,18 +217,18 @@ def test_a_passing_fault_in_an_upload_is_outlived(
 
 
 def test_a_killed_upload_continues_in_another_process(
-    remote: Place, behind: Place, proxy: Proxy, tmp_path: Path, test_name: str
+    remote: Place, behind: Place, proxy: Proxy, tmp_path: Path, node_name: str
 ) -> None:
     content = os.urandom(8 * MIB)
     (tmp_path / "source").write_bytes(content)
     proxy.faults = [Fault(sends_part(6), 1, hang=True)]
-    first = uploader(proxy.url, test_name, tmp_path / "source", MIB)
+    first = uploader(proxy.url, node_name, tmp_path / "source", MIB)
     wait_for(lambda: sum(map(sends, proxy.heads)) == 6)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert transfer.list_files(folder_at(proxy.url, test_name)) == {}, "no listing of runs takes parts for files"
+    assert transfer.list_files(folder_at(proxy.url, node_name)) == {}, "no listing of runs takes parts for files"
     assert len(everything(behind)) == 5
-    second = uploader(proxy.url, test_name, tmp_path / "source", MIB)
+    second = uploader(proxy.url, node_name, tmp_path / "source", MIB)
     assert second.communicate()[0].strip() == sha256(content)
     assert transfer.read_bytes(behind) == content
     assert sum(map(sends, proxy.heads)) == 6 + 3, "parts 1 to 5 were there"
@@ -236,20 +236,20 @@ def test_a_killed_upload_continues_in_another_process(
 
 
 def test_one_killed_while_it_composes_continues_too(
-    remote: Place, behind: Place, proxy: Proxy, tmp_path: Path, test_name: str
+    remote: Place, behind: Place, proxy: Proxy, tmp_path: Path, node_name: str
 ) -> None:
     """40 parts become one piece of 32 and 8 parts, and then the file."""
     content = os.urandom(40 * 64 * KIB)
     (tmp_path / "source").write_bytes(content)
     proxy.faults = [Fault(lambda head: composes(head) and b"runs%2Ffile" in head, 1, hang=True)]
-    first = uploader(proxy.url, test_name, tmp_path / "source", 64 * KIB)
+    first = uploader(proxy.url, node_name, tmp_path / "source", 64 * KIB)
     wait_for(lambda: any(composes(head) and b"runs%2Ffile" in head for head in proxy.heads))
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert transfer.list_files(folder_at(proxy.url, test_name)) == {}
+    assert transfer.list_files(folder_at(proxy.url, node_name)) == {}
     assert any(name.endswith("/00001-00032") for name in everything(behind))
     before = len(proxy.heads)
-    second = uploader(proxy.url, test_name, tmp_path / "source", 64 * KIB)
+    second = uploader(proxy.url, node_name, tmp_path / "source", 64 * KIB)
     assert second.communicate()[0].strip() == sha256(content)
     assert transfer.read_bytes(behind) == content
     assert sum(map(sends, proxy.heads[before:])) == 0, "all parts were there"
