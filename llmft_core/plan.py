@@ -183,6 +183,9 @@ class RunPlan(Options):
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     seed: NotNegative = Field(0, description="seed of data order, dropout and new embeddings")
+    deterministic: bool = Field(
+        False, description="kernels that give the same bits every time: exact resume on GPUs, some steps slower"
+    )
 
     workers: NotNegative | None = Field(
         None, description="training processes; 0: train in this process, without a cluster; default: one a GPU, or 2"

@@ -34,8 +34,13 @@ HARMLESS = (
     "backends",
     "weights",
     "disable-plugin",
+    "deterministic",
 )
 """What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
+
+
+UNDECIDED = ("epochs", "lr", "precision")
+"""What a plan may leave open and the mathematics depend on: a run that goes on keeps what was decided."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,19 @@ class Point:
 
     run: Place
     described: Mapping[str, Any]
-    state: StoredState
+    state: StoredState | None
+    """None: the run was begun and has no complete state; it begins anew in its folder."""
 
     @property
     def plan(self) -> dict[str, Any]:
         """The plan that the run was started with, as JSON data."""
         plan: dict[str, Any] = self.described["plan"]
         return plan
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.progress.step if self.state is not None else 0
 
 
 def find_point(place: Place) -> Point:
@@ -59,11 +70,7 @@ def find_point(place: Place) -> Point:
     folder = place.parent if states.NAME.fullmatch(place.name) else place
     if not exists(folder / DESCRIPTION):
         raise InputError(f"{folder.uri} is no run: it has no {DESCRIPTION}: give <root>/runs/NAME, or a state in it")
-    try:
-        described = json.loads(read_bytes(folder / DESCRIPTION))
-        described["plan"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{(folder / DESCRIPTION).uri} is damaged ({error}): the run cannot go on") from error
+    described = read_description(folder)
     state = place if folder is not place else newest_state(folder)
     if state is None:
         raise InputError(
@@ -71,6 +78,38 @@ def find_point(place: Place) -> Point:
             "--state.every-steps N or --state.every-minutes N"
         )
     return Point(folder, described, open_state(state))
+
+
+def find_begun(run: Place) -> Point | None:
+    """Where the run of this folder goes on, at its beginning where it has no complete state yet; None where no run was
+    ever begun there. Raises LlmftError where what is there is damaged."""
+    if not exists(run / DESCRIPTION):
+        return None
+    state = newest_state(run)
+    return Point(run, read_description(run), open_state(state) if state is not None else None)
+
+
+def read_description(run: Place) -> dict[str, Any]:
+    """The run's plan.json. Raises InputError."""
+    try:
+        described: dict[str, Any] = json.loads(read_bytes(run / DESCRIPTION))
+        described["plan"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{(run / DESCRIPTION).uri} is damaged ({error}): the run cannot go on") from error
+    return described
+
+
+def finished(point: Point) -> str:
+    """The complete checkpoint of the run's last optimizer step, or nothing."""
+    for one in reversed(stored.list_checkpoints(point.run)):
+        if one.complete and stored.read_manifest(one.place).get("step", 0) >= point.described["total_steps"]:
+            return one.place.uri
+    return ""
+
+
+def decided(plan: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with what it leaves open as the run decided it."""
+    return {**plan, **{name: before.get(name) for name in UNDECIDED if plan.get(name) is None}}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -105,8 +144,8 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
         for path, (was, now, what) in pairs.items()
         if was != now
     ]
-    if point.state.progress.step >= total_steps:
-        done = point.state.progress.step
+    if point.step >= total_steps:
+        done = point.step
         problems.append(Problem("max-steps", f"the run has done {done} of {total_steps} optimizer steps: none is left"))
     if problems:
         raise Problems(problems, f"{point.run.uri} cannot go on:")
@@ -115,8 +154,8 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
 def resume_at(point: Point) -> Resume:
     """The numbers from which the run goes on. What was written after the state is kept: new folders come after it."""
     numbers = next_numbers(point.run)
-    step = point.state.progress.step
-    return Resume(point.state.place.uri, step, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])
+    state = point.state.place.uri if point.state is not None else ""
+    return Resume(state, point.step, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])
 
 
 def fetch_logs(run: Place, folder: Path) -> None:

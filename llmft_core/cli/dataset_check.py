@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.cli.flags import Given, read_beside
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.data.faults import BadRows
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.plan import RunPlan

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmft_core.cli.flags import Parser, read_flags
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.errors import InputError
 
 PROG = "llmft dataset create"

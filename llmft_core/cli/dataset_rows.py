@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmft_core.cli.flags import Given
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.errors import InputError
 from llmft_core.plan import RunPlan
 

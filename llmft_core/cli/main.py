@@ -10,7 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from llmft_core.cli import checkpoint, dataset, doctor, generate, plan, plugins, resume, run, storage, weights
+from llmft_core.cli import (
+    checkpoint,
+    dataset,
+    doctor,
+    generate,
+    plan,
+    plugins,
+    resume,
+    run,
+    storage,
+    verify_resume,
+    weights,
+)
 from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, close_match, one_line
 
 DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models on a Ray cluster."
@@ -63,6 +75,7 @@ def dispatch(argv: list[str]) -> int:
     own: dict[str, Callable[[list[str], Mapping[str, str], Path], int]] = {
         "run": run.run_command,
         "resume": resume.run_command,
+        "verify-resume": verify_resume.run_command,
         "plan": plan.run_command,
         "generate": generate.run_command,
         "checkpoint": checkpoint.run_command,
@@ -82,6 +95,7 @@ def dispatch(argv: list[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command_name")
     commands.add_parser("run", help="train: `llmft run --help` lists the flags of the chosen plugins")
     commands.add_parser("resume", help="go on with a run from its newest state, here or on other machines")
+    commands.add_parser("verify-resume", help="whether a plan, killed and resumed, gives the same bits")
     commands.add_parser("plan", help="say what `llmft run` with the same flags would do, and train nothing")
     commands.add_parser("generate", help="answer a prompt from a checkpoint")
     commands.add_parser("checkpoint", help="list, show, verify, fetch, upload and remove checkpoints in storage")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmft_core.cli.flags import read_flags
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:

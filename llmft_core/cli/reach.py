@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.cli.flags import Parser, add_backend_flags, read_flags
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.errors import Problem, Problems
 from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import Layer, resolve, resolve_backends

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.cli.flags import Given, Parser, read_flags
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import Layer, resolve_backends

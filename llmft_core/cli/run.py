@@ -2,42 +2,84 @@
 
 from __future__ import annotations
 
-import warnings
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmft_core.cli.flags import read_flags
+from llmft_core.catalog import Catalog
+from llmft_core.cli import resume
+from llmft_core.cli.flags import Parser, read_flags
+from llmft_core.cli.quiet import quiet
+from llmft_core.errors import InputError, Problem, Problems
+from llmft_core.plan import RunPlan
+from llmft_core.plan_layers import family_of_name
+
+if TYPE_CHECKING:
+    from llmft_core.resume import Point
+
+PROG = "llmft run"
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> int:
     """Returns the exit code; raises LlmftError."""
-    given = read_flags(argv, environ, folder, "llmft run")
+    early = Parser(prog=PROG)
+    add_own_flags(early)
+    own, rest = early.parse_known_args(list(argv))
+    if own.resume not in ("", "auto"):
+        return resume.run_command([own.resume, *rest], environ, folder)
+    given = read_flags(rest, environ, folder, PROG)
     if given.help:
+        add_own_flags(given.parser)
         given.parser.print_help()
         return 0
     plan = given.plan()
     if not given.debug:
         quiet()
     from llmft_core.report.summary import summary
+    from llmft_core.resume import finished
     from llmft_core.run import run
 
-    outcome = run(plan, given.catalog, debug=given.debug)
+    point = None
+    if own.resume:
+        plan, point = begun(plan, given.catalog)
+        if point is not None and (last := finished(point)):
+            print(f"the run is complete: {last} is the checkpoint of its last optimizer step")
+            return 0
+    outcome = run(plan, given.catalog, debug=given.debug, point=point)
     for line in summary(outcome):
         print(line)
     return 0
 
 
-def quiet() -> None:
-    """Third parties' warnings and logs are for --debug; what matters is said by us."""
-    import logging
-    import os
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """What is not a plan's."""
+    parser.add_argument(
+        "--resume",
+        default="",
+        metavar="auto|URI",
+        help="auto: go on with the run of this --name, or begin it where it is not there (a job that is started again "
+        "by its scheduler); URI: as `llmft resume URI`",
+    )
 
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own future default
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger().setLevel(logging.ERROR)
-    for name in ("ray", "ray.train", "ray.data", "accelerate", "transformers", "DeepSpeed", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+def begun(plan: RunPlan, catalog: Catalog) -> tuple[RunPlan, Point | None]:
+    """Where the run of the plan's name goes on, and the plan with what the run has decided; None where it was never
+    begun. Raises Problems where it was begun with another plan."""
+    from llmft_core.placing import absolute_folder
+    from llmft_core.resume import changes, decided, find_begun
+    from llmft_core.storage.places import Places
+
+    if not plan.name:
+        raise InputError("resume: auto goes on with the run of a name: give --name NAME, the same one each time")
+    point = find_begun(Places(catalog, plan.storage, plan.backends).runs() / plan.name)
+    if point is None:
+        return plan, None
+    if not family_of_name(plan.model.name, catalog):
+        plan = plan.model_copy(update={"model": absolute_folder(plan.model)})
+    plan = RunPlan.from_json(decided(plan.to_json(), point.plan))
+    changed = changes(point.plan, plan.to_json())
+    if changed:
+        problems = [Problem("", line) for line in changed]
+        raise Problems(problems, f"{point.run.uri} was begun with another plan; give what it had, or another --name:")
+    return plan, point

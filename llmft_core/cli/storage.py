@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmft_core.cli.flags import Parser, add_program_flags, add_storage_flags, read_flags
-from llmft_core.cli.run import quiet
+from llmft_core.cli.quiet import quiet
 from llmft_core.errors import InputError, Problems, close_match
 from llmft_core.plan_layers import merge, resolve_storage
 

@@ -17,6 +17,7 @@ from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Place, Places
+from llmft_core.train.deterministic import deterministic_kernels
 from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import train
 from llmft_core.train.model import build_model
@@ -58,6 +59,7 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
             tell("phase", f"restoring the state of step {job.resume.step}")
             restore_state(places.place(job.resume.state), engine)
         with (
+            deterministic_kernels(plan.deterministic),
             Saver(job, engine, rank, reporter, run) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from command import Answer, llmft, llmft_path
 from servers import S3Server
+
+from llmft_core.verify_resume import Verdict
 
 STEPS = 8
 RUN = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8", "--max-steps", str(STEPS)]
@@ -128,3 +131,60 @@ def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(finished: Path
     assert (run / "notes" / "half.safetensors").is_file()
     assert set(complete) <= {path.name for path in run.iterdir()}
     assert (run / "metrics.jsonl").read_text().count("\n") == STEPS
+
+
+def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
+    """The same command each time: begins the run, begins it anew, goes on with it, and has nothing left to do."""
+    command = ["run", *RUN, "--name", "job", "--resume", "auto"]
+    run = tmp_path / "llmft-runs" / "runs" / "job"
+    killed_after_a_state(tmp_path, command[1:], {})
+    state = (run / "state_00000").rename(tmp_path / "state_00000")  # as if it had been killed before
+    for checkpoint in run.glob("checkpoint_*"):
+        shutil.rmtree(checkpoint)
+    for other in run.glob("state_*"):
+        shutil.rmtree(other)
+    killed_after_a_state(tmp_path, command[1:], {})
+    assert "restoring" not in (tmp_path / "log").read_text()
+    again = (run / "state_00000").glob("*.safetensors")
+    assert {file.name: file.read_bytes() for file in again} == {
+        file.name: file.read_bytes() for file in state.glob("*.safetensors")
+    }
+    changed = llmft(*command, "--seed", "3", folder=tmp_path)
+    assert changed.code == 2
+    assert changed.errors[0].endswith("was begun with another plan; give what it had, or another --name:")
+    assert changed.errors[1:] == ["llmft: error: seed: 0, now 3"]
+    resumed = llmft(*command, folder=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert "restoring the state of step" in resumed.out
+    done = llmft(*command, folder=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.startswith("the run is complete: ")
+    nameless = llmft("run", "--resume", "auto", folder=tmp_path)
+    assert (nameless.code, len(nameless.errors)) == (2, 1)
+    assert "give --name NAME" in nameless.errors[0]
+
+
+def test_verify_resume_tells_whether_a_plan_is_exact(tmp_path: Path) -> None:
+    """In the run's own storage, which is left as it was."""
+    flags = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8", "--workers", "0"]
+    answer = llmft("verify-resume", *flags, "--deterministic", "--steps", "3", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[-1] == (
+        "exact: 3 optimizer steps straight, against 2 of them, kill, resume to 3; losses of steps 3 to 3 and 1 weight "
+        "file(s): the same bits"
+    )
+    assert list((tmp_path / "llmft-runs" / "runs").iterdir()) == []
+    few = llmft("verify-resume", *flags, "--steps", "1", folder=tmp_path)
+    assert (few.code, len(few.errors)) == (2, 1)
+    failed = llmft("verify-resume", *flags, "--model", str(tmp_path), folder=tmp_path)
+    assert failed.code == 1
+    assert failed.errors[-1].startswith("llmft: error: the run in miniature failed: ")
+
+
+def test_a_verdict_names_the_first_step_that_differs() -> None:
+    verdict = Verdict(2, {3: (1.0, 1.0), 4: (0.5, 0.25)}, {"model.safetensors": ("a", "b")}, ("one", "two"))
+    assert not verdict.exact
+    assert verdict.lines()[1:3] == [
+        "first at step 4: loss 0.5 straight, 0.25 after the resume",
+        "weights that differ: model.safetensors",
+    ]
