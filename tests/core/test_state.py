@@ -68,6 +68,47 @@ def test_another_strategy_and_world_size_go_on(base: Path, tmp_path: Path, monke
         assert resumed["loss"] == pytest.approx(straight["loss"][AT:], rel=1e-5)
 
 
+AHEAD = 20
+
+
+def test_another_world_size_or_strategy_goes_on_for_twenty_steps(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 → 1, 2 → 4 and 1 → 2 ranks under zero-3, and zero-2 → zero-3 → ddp."""
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    tolerances = {"fp32": 1e-5, "bf16": 1e-3}
+
+    def losses(world_size: int, *runs: tuple[str, str, int]) -> list[list[float]]:
+        """Of (strategy, folder of the states, step of the state to go on from), for both precisions."""
+        cases = [  # a small rate: rounding grows with the steps
+            (
+                strategy,
+                precision,
+                str(base),
+                world_size,
+                str(tmp_path / run / precision),
+                step,
+                AT + AHEAD,
+                AT,
+                "full",
+                1e-3,
+            )
+            for strategy, run, step in runs
+            for precision in tolerances
+        ]
+        return [answer["loss"] for answer in on_ranks(world_size, train_on, cases)[0]]
+
+    straight = losses(2, ("zero-3", "two", 0), ("zero-2", "chain", 0))
+    alone = losses(1, ("zero-3", "one", 0), ("zero-3", "two", AT))
+    pairs = [(straight[0:2], alone[2:4]), (straight[0:2], losses(4, ("zero-3", "two", AT)))]
+    again = losses(2, ("zero-3", "one", AT), ("zero-3", "chain", AT), ("ddp", "chain", AT))
+    pairs += [(alone[0:2], again[0:2]), (straight[2:4], again[2:4]), (straight[2:4], again[4:6])]
+    for number, (before, after) in enumerate(pairs):
+        for one, other, tolerance in zip(before, after, tolerances.values(), strict=True):
+            assert len(other) == AHEAD
+            assert other == pytest.approx(one[AT:], rel=tolerance), number
+
+
 def complete_state(tmp_path: Path, base: Path) -> Path:
     on_ranks(1, train_on, [("ddp", "fp32", str(base), 1, str(tmp_path / "run"), 0)])
     return tmp_path / "run" / "state_00000"

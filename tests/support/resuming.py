@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tables import InMemory, random_table
 from training import Recorder
@@ -14,31 +14,64 @@ from llmft_core.train.job import Job, Resume
 from llmft_core.values import Placement
 
 ROWS, VOCABULARY, GLOBAL_BATCH = 14, 101, 4  # rows are no multiple of the batch: the tail is trained too
-EPOCH_STEPS = (4, 4, 4)
+STEPS_OF_AN_EPOCH = 4
 TOTAL = 10
 
 
-def job_for(strategy: str, precision: str, world_size: int, base: str, at: int) -> Job:
-    """`at`: the state is written after so many steps."""
+class Case(NamedTuple):
+    """One run of a rank."""
+
+    strategy: str | dict[str, Any]
+    precision: str
+    base: str
+    world_size: int
+    run: str
+    """Folder of its states."""
+    step: int
+    """Of the state to go on from; 0: from the beginning."""
+    total: int = TOTAL
+    at: int = TOTAL // 2
+    """A state is written after so many steps; 0: none."""
+    method: str | dict[str, Any] = "full"
+    lr: float = 1e-2
+
+
+def job_for(case: Case) -> Job:
+    """The job of a case, as the driver would send it."""
+    precision, world_size = case.precision, case.world_size
     plan = RunPlan.from_json(
         {
-            "strategy": strategy,
-            "lr": 1e-2,
+            "strategy": case.strategy,
+            "method": case.method,
+            "lr": case.lr,
             "weight-decay": 0.1,
             "precision": precision,
             "global-batch": GLOBAL_BATCH,
             "name": "x",
-            "state": {"every-steps": at, "every-minutes": 0, "keep-last": 9},
+            "state": {"every-steps": case.at, "every-minutes": 0, "keep-last": 9},
         }
     )
     micro = GLOBAL_BATCH // world_size
     placement = Placement(world_size, "cpu", precision, micro, 1, plan.max_grad_norm)  # type: ignore[arg-type]
-    return Job(plan, placement, TOTAL, EPOCH_STEPS, VOCABULARY, 0, (), {}, Path(base), Path(), Path())
+    epochs = -(-case.total // STEPS_OF_AN_EPOCH)
+    return Job(
+        plan,
+        placement,
+        case.total,
+        (STEPS_OF_AN_EPOCH,) * epochs,
+        VOCABULARY,
+        0,
+        (),
+        {},
+        Path(case.base),
+        Path(),
+        Path(),
+    )
 
 
-def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> list[dict[str, Any]]:
-    """Each case is (strategy, precision, base, world size, run, step of the state to go on from; 0: from the
-    beginning). Losses of its steps, all fragments afterwards, and the states that were written."""
+def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Each case has the fields of `Case`. Losses of its steps, all fragments afterwards, and the states that were
+    written."""
     from llmft_core.catalog import Catalog
     from llmft_core.checkpoint.state import copies, views
     from llmft_core.loading import load_plugins
@@ -53,11 +86,11 @@ def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> lis
 
     catalog = Catalog(load_plugins())
     answers = []
-    for strategy, precision, base, world_size, run, step in cases:
-        place = Places(catalog, None, {}).place(run)
-        job = job_for(strategy, precision, world_size, base, at=TOTAL // 2)
-        if step:
-            resume = Resume((place / "state_00000").uri, step, 7, 0)
+    for case in (Case(*fields) for fields in cases):
+        place = Places(catalog, None, {}).place(case.run)
+        job = job_for(case)
+        if case.step:
+            resume = Resume((place / "state_00000").uri, case.step, 7, 0)
             job = replace(job, resume=resume)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
         engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
