@@ -190,4 +190,5 @@ def _held(engine: Any) -> dict[Any, Any]:
     held: dict[Any, Any] = {
         (name, kind, start): values.detach().clone() for name, kind, start, values in engine.fragments()
     }
-    return held | engine.gathered(list(engine.shapes()), torch.float32)
+    held.update(engine.gathered(list(engine.shapes()), torch.float32))
+    return held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,8 @@ class Resume:
     next_state: int
     next_checkpoint: int
     """Numbers that no folder of the run has yet: what was written after the state stays as it is."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """`Guards.memory` as it was in the state."""
 
 
 @dataclass(frozen=True)
