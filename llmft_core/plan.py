@@ -205,6 +205,12 @@ class RunPlan(Options):
         description="what to do where loss or gradient is not finite, which is never applied: stop, or skip:N, which "
         "goes on without such steps, N of them at most",
     )
+    step_timeout: float = Field(
+        3000.0,
+        ge=0,
+        description="seconds without a micro-batch, a round of an evaluation or a whole step after which a rank hangs: "
+        "its stack is written aside and the run ends; 0: never",
+    )
     cluster: str = Field(
         "auto", description="auto (RAY_ADDRESS if set, else local), local (start Ray on this machine), or an ADDRESS"
     )

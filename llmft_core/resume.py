@@ -37,6 +37,7 @@ HARMLESS = (
     "disable-plugin",
     "on-nonfinite",
     "max-failures",
+    "step-timeout",
 )
 """What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
 

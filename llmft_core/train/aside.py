@@ -12,7 +12,7 @@ from llmft_core.data.order import Rows
 from llmft_core.errors import LlmftError
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import write_bytes
-from llmft_core.train.job import Job, Reporter
+from llmft_core.train.job import Job
 
 if TYPE_CHECKING:
     from llmft_core.data.prepare import TokenTable
@@ -24,7 +24,7 @@ PutAside = Callable[[str, bytes], str]
 """Write a file (its name, its content) among those that are set aside; its URI, or "" where that failed."""
 
 
-def put_aside(run: Place, reporter: Reporter) -> PutAside:
+def put_aside(run: Place, warn: Callable[[str], None]) -> PutAside:
     """Into a run's folder in storage. A failure is a warning: what led here is the news."""
 
     def put(name: str, content: bytes) -> str:
@@ -32,7 +32,7 @@ def put_aside(run: Place, reporter: Reporter) -> PutAside:
         try:
             write_bytes(place, content)
         except LlmftError as error:
-            reporter.send({"kind": "warning", "text": f"the rows of that step could not be written: {error}"})
+            warn(f"{name} could not be written: {error}")
             return ""
         return place.uri
 

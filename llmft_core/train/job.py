@@ -106,5 +106,6 @@ class Reporter(Protocol):
         checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), state (`name`,
         `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
         `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
-        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost) and error (`message`,
-        `rank`, `ours`: whether it is an LlmftError)."""
+        training goes on), hung (a rank that does not get on, before its process ends: `rank`, `host`, `step`, `doing`,
+        `stage`, `seconds`, `at`, `waiting`, `stack`); under Ray also rank (`rank`, `host`), failed (`ranks` that were
+        lost) and error (`message`, `rank`, `ours`: whether it is an LlmftError)."""

@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.loss import Call, micro_batch_loss
 from llmft_core.train.schedule import learning_rate
+from llmft_core.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from llmft_core.data.prepare import PreparedData
@@ -43,10 +45,12 @@ def train(
     save: Save,
     save_state: SaveState | None = None,
     put_aside: PutAside | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Train from the first optimizer step, or the one after the state that was restored, to the last, evaluating and
     saving where the plan says so."""
     plan, placement = job.plan, job.placement
+    watchdog = watchdog or Watchdog(0, rank, reporter)
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
     form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
     if form.packed:
@@ -69,19 +73,26 @@ def train(
         loss = torch.zeros((), dtype=torch.float32, device=device)  # this rank's share, nats per trained token
         shares: list[torch.Tensor] = []  # by micro-batch
         batches = Waited(rank_micro_batches(data.train, rows, placement, rank, form), since=started)
+        watchdog.at(step + 1, "the data of micro-batch 0")
         for number, batch in enumerate(batches):
+            watchdog.at(step + 1, f"the forward pass of micro-batch {number}")
             seed_dropout(plan.seed, step, batch.index)
             share = micro_batch_loss(engine.model, batch, device, call) / tokens
+            watchdog.at(step + 1, f"the backward pass of micro-batch {number}")
             engine.backward(with_its_gradient(share), last=number == placement.accumulation - 1)
             shares.append(share.detach())
             loss += shares[-1]
+            watchdog.at(step + 1, f"the data of micro-batch {number + 1}")
+        watchdog.at(step + 1, "the application of the step")
         outcome = engine.step()
         # Rank 0's clock decides for all when a state is due, and its word travels with the loss.
         minutes = (time.monotonic() - state_written) / 60
         by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
         summed = torch.stack([loss, torch.tensor(float(by_time), device=device)])
+        watchdog.at(step + 1, "the sum of the losses")
         dist.all_reduce(summed)
         loss, state_due = summed[0], bool(summed[1])
+        watchdog.met()
         guards.check(step, rows, float(loss), outcome, shares)
 
         seconds = time.perf_counter() - started
@@ -100,12 +111,14 @@ def train(
         epoch_ends = step_of_epoch == job.epoch_steps[epoch] - 1
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
-            latest |= evaluate(job, engine, data.test, rank, device)
+            latest |= evaluate(job, engine, data.test, rank, device, partial(watchdog.at, done))
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
+            watchdog.saving(done, "a checkpoint")
             save(done, epoch, latest)
         if save_state is not None and (due["state"] or state_due) and done < job.total_steps:
+            watchdog.saving(done, "a state")
             save_state(done, guards.memory)
             state_written = time.monotonic()
 

@@ -24,6 +24,7 @@ from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
 from llmft_core.train.state_saver import StateSaver
+from llmft_core.train.watchdog import Watchdog
 from llmft_core.weights.cache import cache_folder
 
 
@@ -61,8 +62,19 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         with (
             Saver(job, engine, rank, reporter, run) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,
+            Watchdog(plan.step_timeout, rank, reporter) as watchdog,
         ):
-            train(job, engine, data, rank, saver, saver.save, states.save, put_aside(run, reporter))
+            train(
+                job,
+                engine,
+                data,
+                rank,
+                saver,
+                saver.save,
+                states.save,
+                put_aside(run, partial(tell, "warning")),
+                watchdog,
+            )
     except torch.OutOfMemoryError as error:
         raise LlmftError(
             f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "

@@ -112,7 +112,7 @@ def test_rows_that_cannot_be_written_aside_are_a_warning(base: str, tmp_path: Pa
     wrong = case(base, tmp_path / "run", world_size=1, wrong=[(0, 0, 0, "nan")])
     (answer,) = on_ranks(1, guarded, [wrong])[0]
     (told,) = answer["warnings"]
-    assert told.startswith("the rows of that step could not be written: ")
+    assert told.startswith("step_00001_nonfinite.jsonl could not be written: ")
     assert "optimizer step 1 is not applied on any rank: loss nan" in answer["error"]
     assert "the rows are in" not in answer["error"]
 

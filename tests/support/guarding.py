@@ -62,7 +62,7 @@ def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     recorder,
                     lambda *_: None,
                     states.save,
-                    put_aside(run, recorder),
+                    put_aside(run, recorder.warn),
                 )
         except LlmftError as raised:
             error = str(raised)
