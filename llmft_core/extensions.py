@@ -299,7 +299,11 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> StepOutcome:
-        """Apply the step after its last backward, on all ranks or on none, and clear the gradients."""
+        """Apply the step after its last backward, on all ranks or on none, and clear the gradients.
+
+        It is not applied on any rank where the gradient is not finite, be it on one rank only (in fp16, where the loss
+        scaler says so): masters, moments, weights and AdamW's count of steps stay what they were, bit for bit. A loss
+        that is not finite has no finite gradient: the core sees to that before `backward`."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,13 @@ def as_choices(value: Any) -> Any:
     return [as_choice(item) for item in values]
 
 
+def as_nonfinite(value: Any) -> Any:
+    """`stop`, or `skip:N`; `skip N` is the same. Raises ValueError."""
+    if isinstance(value, str) and (found := re.fullmatch(r"stop|skip[: ]([1-9]\d{0,8})", value.strip())):
+        return f"skip:{found[1]}" if found[1] else "stop"
+    raise ValueError("write stop, or skip:N with the number of steps that may be skipped, such as skip:3")
+
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 
@@ -196,6 +203,17 @@ class RunPlan(Options):
     max_failures: NotNegative = Field(
         0, description="start the workers again so many times after one was lost, from the newest state; Ray only"
     )
+    on_nonfinite: Annotated[str, BeforeValidator(as_nonfinite)] = Field(
+        "stop",
+        description="what to do where loss or gradient is not finite, which is never applied: stop, or skip:N, which "
+        "goes on without such steps, N of them at most",
+    )
+    step_timeout: float = Field(
+        3000.0,
+        ge=0,
+        description="seconds without a micro-batch, a round of an evaluation or a whole step after which a rank hangs: "
+        "its stack is written aside and the run ends; 0: never",
+    )
     cluster: str = Field(
         "auto", description="auto (RAY_ADDRESS if set, else local), local (start Ray on this machine), or an ADDRESS"
     )
@@ -209,6 +227,11 @@ class RunPlan(Options):
     disable_plugin: Annotated[list[str], BeforeValidator(comma_separated)] = Field(
         [], description="do not load this plugin (entry, distribution or both joined by a colon); repeatable"
     )
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps that `on_nonfinite` lets the whole run skip."""
+        return int(self.on_nonfinite.partition(":")[2] or 0)
 
     @field_validator("name")
     @classmethod

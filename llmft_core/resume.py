@@ -16,6 +16,7 @@ from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.storage.lease import NAME as LEASE
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
+from llmft_core.train.aside import FOLDER as ASIDE
 from llmft_core.train.job import Resume
 
 DESCRIPTION = "plan.json"
@@ -35,6 +36,9 @@ HARMLESS = (
     "weights",
     "disable-plugin",
     "deterministic",
+    "on-nonfinite",
+    "max-failures",
+    "step-timeout",
 )
 """What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
 
@@ -154,8 +158,10 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
 def resume_at(point: Point) -> Resume:
     """The numbers from which the run goes on. What was written after the state is kept: new folders come after it."""
     numbers = next_numbers(point.run)
-    state = point.state.place.uri if point.state is not None else ""
-    return Resume(state, point.step, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])
+    numbered = {"next_state": numbers["state"], "next_checkpoint": numbers["checkpoint"]}
+    if point.state is None:
+        return Resume("", 0, **numbered)
+    return Resume(point.state.place.uri, point.step, **numbered, guards=point.state.progress.guards)
 
 
 def fetch_logs(run: Place, folder: Path) -> None:
@@ -169,4 +175,4 @@ def _is_ours(name: str) -> bool:
     folder, slash, _ = name.partition("/")
     if not slash:
         return name in (DESCRIPTION, LEASE)
-    return bool(stored.NAME.fullmatch(folder) or states.NAME.fullmatch(folder))
+    return folder == ASIDE or bool(stored.NAME.fullmatch(folder) or states.NAME.fullmatch(folder))

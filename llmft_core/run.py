@@ -29,6 +29,7 @@ from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
+from llmft_core.train.aside import put_aside
 from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start, termination_as_interrupt
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
@@ -173,6 +174,12 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             view.phase(event["text"])
         elif event["kind"] == "warning":
             view.warn(event["text"])
+        elif event["kind"] == "hung":
+            name = f"step_{event['step']:05d}_hung_rank_{event['rank']:05d}.txt"
+            uri = put_aside(target, view.warn)(name, event["stack"].encode())
+            view.warn(
+                f"rank {event['rank']} does not get on in {event['doing']} of optimizer step {event['step']}: {uri}"
+            )
         elif event["kind"] == "restarted":
             view.warn(restart_line(outcome, event["step"]))
             trackers.finish()

@@ -2,7 +2,7 @@
 
     state_00000/
       rank-00000-00000.safetensors   what rank 0 held: tensors `KIND/START/NAME`, 1-d float32
-      progress.json                  optimizer steps done, counters of the engine
+      progress.json                  optimizer steps done, counters of the engine, memory of the guards
       manifest.json                  every file: bytes, SHA-256, its fragments; provenance
       .is_state                      the completion marker, written last
 
@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ class Progress:
     """Optimizer steps done: the next one is number `step`, counted from 0."""
     counters: Mapping[str, float]
     """`Engine.counters`."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """What those who watch over the steps remember, as JSON data: steps that were skipped, the last losses."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Progress:

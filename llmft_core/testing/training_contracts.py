@@ -14,7 +14,7 @@ import pytest
 from llmft_core.errors import Problem
 from llmft_core.extensions import Method, ModelFamily, Strategy, Tracker
 from llmft_core.testing.contracts import ExtensionContract
-from llmft_core.testing.engines import check_filling
+from llmft_core.testing.engines import check_filling, check_refusals
 from llmft_core.values import ModelSize, Placement
 
 
@@ -60,6 +60,17 @@ class StrategyContract(ExtensionContract):
         if not possible:
             pytest.skip("no placement with two ranks on CPU in fp32")
         check_filling(type(extension), extension.options, possible[0])
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_a_step_that_is_not_finite_is_refused_on_all_ranks(
+        self, extension: Strategy, placements: list[Placement], precision: str
+    ) -> None:
+        """Starts two gloo processes, or one where the strategy cannot do two on CPU."""
+        on_cpu = [p for p in placements if (p.device, p.precision) == ("cpu", precision) and p.world_size <= 2]
+        possible = [placement for placement in on_cpu if not extension.problems(placement)]
+        if not possible:
+            pytest.skip(f"no placement with one or two ranks on CPU in {precision}")
+        check_refusals(type(extension), extension.options, max(possible, key=lambda p: p.world_size))
 
 
 class MethodContract(ExtensionContract):

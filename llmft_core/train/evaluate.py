@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from llmft_core.data.prepare import TokenTable
 
 
-def evaluate(job: Job, engine: Engine, table: TokenTable, rank: int, device: torch.device) -> dict[str, float]:
-    """`eval/loss` in nats per trained token and `eval/perplexity`, equal on all ranks. Collective."""
+def evaluate(
+    job: Job, engine: Engine, table: TokenTable, rank: int, device: torch.device, at: Callable[[str], None]
+) -> dict[str, float]:
+    """`eval/loss` in nats per trained token and `eval/perplexity`, equal on all ranks; `at` is told each round before
+    it. Collective."""
     micro_batch = job.plan.eval_micro_batch or job.placement.micro_batch
     layout = Placement(**{**vars(job.placement), "micro_batch": micro_batch, "accumulation": 1})
     order = Order.of(table, job.plan).epoch(0)
@@ -30,11 +34,13 @@ def evaluate(job: Job, engine: Engine, table: TokenTable, rank: int, device: tor
     engine.model.eval()
     with torch.no_grad():
         for number in range(rounds):
+            at(f"round {number} of an evaluation")
             rows = order.step(number, layout.global_batch)
             for batch in rank_micro_batches(table, rows, layout, rank, form):
                 totals[0] += micro_batch_loss(engine.model, batch, device, call).double()
                 totals[1] += int((batch.labels[:, 1:] >= 0).sum())
     engine.model.train()
+    at("the end of an evaluation")
     dist.all_reduce(totals)
     loss = float(totals[0] / totals[1])
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmft_core.errors import LlmftError
 from llmft_core.train.cluster import last_line
+from llmft_core.train.hanging import hanging
 from llmft_core.train.mailbox import OnEvent
 
 
@@ -15,6 +16,7 @@ class Watch:
     def __init__(self, on_event: OnEvent) -> None:
         self._pass_on = on_event
         self._errors: list[dict[str, Any]] = []
+        self._hung: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
         self._complete: list[str] = []  # URIs of checkpoints
         self._state = ""  # URI of the newest state
@@ -27,9 +29,14 @@ class Watch:
             self._hosts[event["rank"]] = event["host"]
         elif event["kind"] == "failed":
             who = ", ".join(map(self._named, event["ranks"]))
-            self._pass_on({"kind": "warning", "text": f"{who} failed or was lost; {self.kept()}"})
+            what = self.hanging() or f"{who} failed or was lost"
+            self._pass_on({"kind": "warning", "text": f"{what}; {self.kept()}"})
+        elif event["kind"] == "hung":
+            self._hung.append(event)
+            self._pass_on(event)
         elif event["kind"] == "restarted":
             self._errors.clear()  # of ranks that are gone
+            self._hung.clear()
             self._pass_on(event)
         else:
             if event["kind"] == "checkpoint":
@@ -43,6 +50,10 @@ class Watch:
         ours = next((event for event in self._errors if event["ours"]), None)
         if ours is not None:
             raise LlmftError(f"{self._named(ours['rank'])}: {ours['message']}; {self.kept()}")
+
+    def hanging(self) -> str:
+        """Which ranks hung, in one line; empty where none reported it."""
+        return hanging(self._hung, self._hosts, self._named)
 
     def kept(self) -> str:
         """What there is to go on from."""
@@ -63,6 +74,8 @@ class Watch:
         first = min(self._errors, key=lambda event: not event["ours"], default=None)
         if first is not None and first["ours"]:
             return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}"
+        if self._hung:
+            return f"{self.hanging()}; {self.kept()}"
         if dead:
             who = ", ".join(map(self._named, dead))
             return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,8 @@ class Resume:
     next_state: int
     next_checkpoint: int
     """Numbers that no folder of the run has yet: what was written after the state stays as it is."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """`Guards.memory` as it was in the state."""
 
 
 @dataclass(frozen=True)
@@ -104,5 +106,6 @@ class Reporter(Protocol):
         checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), state (`name`,
         `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
         `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
-        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost) and error (`message`,
-        `rank`, `ours`: whether it is an LlmftError)."""
+        training goes on), hung (a rank that does not get on, before its process ends: `rank`, `host`, `step`, `doing`,
+        `stage`, `seconds`, `at`, `waiting`, `stack`); under Ray also rank (`rank`, `host`), failed (`ranks` that were
+        lost) and error (`message`, `rank`, `ours`: whether it is an LlmftError)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,8 +31,14 @@ def launch(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]],
 class CallReporter:
     """Events of a rank in this process."""
 
-    def __init__(self, on_event: OnEvent) -> None:
-        self.send = on_event
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def send(self, event: dict[str, Any]) -> None:
+        self._watch.handle(event)
+        if event["kind"] == "hung":  # the thread that would raise an error is the one that hangs
+            print(f"llmft: error: {self._watch.hanging()}; {self._watch.kept()}", file=sys.stderr, flush=True)
+            os._exit(LlmftError.exit_code)
 
 
 def train_in_process(job: Job, on_event: OnEvent) -> None:
@@ -41,6 +48,7 @@ def train_in_process(job: Job, on_event: OnEvent) -> None:
 
     from llmft_core.train.worker import train_rank
 
+    watch = Watch(on_event)
     # accelerate and DeepSpeed read the layout from these.
     layout = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     layout["ACCELERATE_TORCH_DEVICE"] = "cpu" if job.placement.device == "cpu" else "cuda:0"  # as Ray Train sets it
@@ -51,7 +59,10 @@ def train_in_process(job: Job, on_event: OnEvent) -> None:
         torch.cuda.set_device(0)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        train_rank(job, 0, CallReporter(on_event))
+        train_rank(job, 0, CallReporter(watch))
+    except LlmftError as error:
+        error.add_note(watch.kept())
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -127,7 +138,10 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
                 failure_config=FailureConfig(max_failures=job.plan.max_failures),
                 callbacks=[TellFailures()],
             ),
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=3600),
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout_s=max(3600, round(2 * job.plan.step_timeout)),
+            ),
         )
         reader = MailReader(mailbox, watch.handle)
         reader.start()

@@ -6,7 +6,8 @@ import hashlib
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,15 @@ import torch.distributed as dist
 
 from llmft_core.data.batches import Form, MicroBatch, rank_micro_batches, real_tokens, trained_tokens
 from llmft_core.data.order import Order, mix_of
-from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
+from llmft_core.train.aside import PutAside
 from llmft_core.train.evaluate import evaluate
+from llmft_core.train.guards import Guards, with_its_gradient
 from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.loss import Call, micro_batch_loss
 from llmft_core.train.schedule import learning_rate
+from llmft_core.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from llmft_core.data.prepare import PreparedData
@@ -29,8 +32,8 @@ Save = Callable[[int, int, dict[str, float]], None]
 """Write a checkpoint after (optimizer steps done, epoch, metrics). Collective."""
 
 
-SaveState = Callable[[int], None]
-"""Write a state after so many optimizer steps. Called on all ranks; not collective."""
+SaveState = Callable[[int, Mapping[str, Any]], None]
+"""Write a state after (optimizer steps done, `Guards.memory`). Called on all ranks; not collective."""
 
 
 def train(
@@ -41,15 +44,19 @@ def train(
     reporter: Reporter,
     save: Save,
     save_state: SaveState | None = None,
+    put_aside: PutAside | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Train from the first optimizer step, or the one after the state that was restored, to the last, evaluating and
     saving where the plan says so."""
     plan, placement = job.plan, job.placement
+    watchdog = watchdog or Watchdog(0, rank, reporter)
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
     form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
     if form.packed:
         check_isolation(job, engine, device)
     order = Order.of(data.train, plan, mix_of(data))
+    guards = Guards(job, data.train, rank, reporter, put_aside)
     latest: dict[str, float] = {}
     first = job.resume.step if job.resume else 0
     state_written = time.monotonic()
@@ -64,20 +71,29 @@ def train(
         engine.set_learning_rate(rate)
 
         loss = torch.zeros((), dtype=torch.float32, device=device)  # this rank's share, nats per trained token
+        shares: list[torch.Tensor] = []  # by micro-batch
         batches = Waited(rank_micro_batches(data.train, rows, placement, rank, form), since=started)
+        watchdog.at(step + 1, "the data of micro-batch 0")
         for number, batch in enumerate(batches):
+            watchdog.at(step + 1, f"the forward pass of micro-batch {number}")
             seed_dropout(plan.seed, step, batch.index)
             share = micro_batch_loss(engine.model, batch, device, call) / tokens
-            engine.backward(share, last=number == placement.accumulation - 1)
-            loss += share.detach()
+            watchdog.at(step + 1, f"the backward pass of micro-batch {number}")
+            engine.backward(with_its_gradient(share), last=number == placement.accumulation - 1)
+            shares.append(share.detach())
+            loss += shares[-1]
+            watchdog.at(step + 1, f"the data of micro-batch {number + 1}")
+        watchdog.at(step + 1, "the application of the step")
         outcome = engine.step()
         # Rank 0's clock decides for all when a state is due, and its word travels with the loss.
         minutes = (time.monotonic() - state_written) / 60
         by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
         summed = torch.stack([loss, torch.tensor(float(by_time), device=device)])
+        watchdog.at(step + 1, "the sum of the losses")
         dist.all_reduce(summed)
         loss, state_due = summed[0], bool(summed[1])
-        check_step(step, float(loss), outcome.grad_norm, outcome.applied, may_skip=plan.precision == "fp16")
+        watchdog.met()
+        guards.check(step, rows, float(loss), outcome, shares)
 
         seconds = time.perf_counter() - started
         latest = {
@@ -95,13 +111,15 @@ def train(
         epoch_ends = step_of_epoch == job.epoch_steps[epoch] - 1
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
-            latest |= evaluate(job, engine, data.test, rank, device)
+            latest |= evaluate(job, engine, data.test, rank, device, partial(watchdog.at, done))
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
+            watchdog.saving(done, "a checkpoint")
             save(done, epoch, latest)
         if save_state is not None and (due["state"] or state_due) and done < job.total_steps:
-            save_state(done)
+            watchdog.saving(done, "a state")
+            save_state(done, guards.memory)
             state_written = time.monotonic()
 
 
@@ -142,16 +160,6 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
-def check_step(step: int, loss: float, grad_norm: float, applied: bool, *, may_skip: bool) -> None:
-    """Raises LlmftError where the numbers are no longer numbers; fp16 may skip a step while its scale settles."""
-    if math.isfinite(loss) and ((applied and math.isfinite(grad_norm)) or may_skip):
-        return
-    raise LlmftError(
-        f"optimizer step {step + 1}: loss {loss}, gradient norm {grad_norm}: training has diverged; "
-        "lower --lr, raise --warmup-steps, use --precision fp32 or bf16, or look at the rows of this step"
-    )
-
-
 def peak_memory(device: torch.device) -> int:
     """Largest memory of this rank so far, in bytes: of the GPU's allocator, or resident on CPU."""
     if device.type == "cuda":
@@ -160,6 +168,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that a checkpoint carries."""
+    """The metrics that a checkpoint carries; the loss of a step that was skipped is no number, and none of them."""
     wanted = ("train/loss", "train/learning_rate", "eval/loss", "eval/perplexity")
-    return {name: float(metrics[name]) for name in wanted if name in metrics}
+    return {name: float(metrics[name]) for name in wanted if math.isfinite(metrics.get(name, math.nan))}

@@ -44,15 +44,15 @@ class StateSaver:
         self.count = job.resume.next_state if job.resume else 0
         self.background = Background()
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, guards: Mapping[str, Any]) -> None:
         """Copy what this rank holds after optimizer step number `step` (from 1) into host memory; all else happens in
-        the background."""
+        the background. `guards`: `Guards.memory`."""
         started = time.perf_counter()
         name = f"state_{self.count:05d}"
         self.count += 1
         self.background.wait()  # memory and disk never hold more than one
         waited = time.perf_counter() - started
-        progress = Progress(step, self.engine.counters())
+        progress = Progress(step, self.engine.counters(), guards)
         trained = {n for n, parameter in self.engine.bare_model.named_parameters() if parameter.requires_grad}
         shapes = {n: shape for n, shape in self.engine.shapes().items() if n in trained}
         before = self.checkpoints.pending if self.checkpoints is not None else None

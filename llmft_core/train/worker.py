@@ -17,6 +17,7 @@ from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Place, Places
+from llmft_core.train.aside import put_aside
 from llmft_core.train.deterministic import deterministic_kernels
 from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import train
@@ -24,6 +25,7 @@ from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
 from llmft_core.train.state_saver import StateSaver
+from llmft_core.train.watchdog import Watchdog
 from llmft_core.weights.cache import cache_folder
 
 
@@ -62,8 +64,19 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
             deterministic_kernels(plan.deterministic),
             Saver(job, engine, rank, reporter, run) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,
+            Watchdog(plan.step_timeout, rank, reporter) as watchdog,
         ):
-            train(job, engine, data, rank, saver, saver.save, states.save)
+            train(
+                job,
+                engine,
+                data,
+                rank,
+                saver,
+                saver.save,
+                states.save,
+                put_aside(run, partial(tell, "warning")),
+                watchdog,
+            )
     except torch.OutOfMemoryError as error:
         raise LlmftError(
             f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
@@ -84,9 +97,12 @@ def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter) -> Job:
         if (numbers["state"], numbers["checkpoint"]) != (began.next_state, began.next_checkpoint):
             sweep(run)  # of the ranks that are gone
             place = newest_state(run, began.next_state)
-            uri, step = (place.uri, open_state(place).progress.step) if place is not None else (began.state, began.step)
-            answer = [Resume(uri, step, numbers["state"], numbers["checkpoint"])]
-            reporter.send({"kind": "restarted", "step": step})
+            again = began
+            if place is not None:
+                progress = open_state(place).progress
+                again = replace(began, state=place.uri, step=progress.step, guards=progress.guards)
+            answer = [replace(again, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])]
+            reporter.send({"kind": "restarted", "step": again.step})
     dist.broadcast_object_list(answer, src=0)
     return job if answer[0] is None else replace(job, resume=answer[0])
 

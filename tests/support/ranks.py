@@ -21,9 +21,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_rank_main, args=(rank, world_size, port, queue, function, args))
         for rank in range(world_size)
@@ -50,7 +48,15 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def set_layout(rank: int, world_size: int, port: int) -> None:
+    """What torch, accelerate and DeepSpeed read the layout from."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -60,6 +66,10 @@ def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Call
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+
+
+def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
+    set_layout(rank, world_size, port)
     import torch
     import torch.distributed as dist
 

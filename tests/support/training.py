@@ -24,6 +24,9 @@ class Recorder:
     def send(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
+    def warn(self, text: str) -> None:
+        self.send({"kind": "warning", "text": text})
+
 
 def job_for(strategy: str, folder: Path, world_size: int, micro_batch: int, accumulation: int, **settings: Any) -> Any:
 

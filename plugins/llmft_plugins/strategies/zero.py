@@ -47,7 +47,8 @@ class Zero(Strategy):
         # DeepSpeed's default buckets (5e8 elements, twice over with overlap) take gigabytes of a small GPU.
         buckets = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
         stage: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, **buckets}
-        precision: dict[str, Any] = {"bf16": {"enabled": placement.precision == "bf16"}}
+        # Without the check ZeRO-2 applies a bf16 step whose gradient is not finite.
+        precision: dict[str, Any] = {"bf16": {"enabled": placement.precision == "bf16", "check_grad_overflow": True}}
         if placement.precision == "fp16":
             precision["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
         return {
@@ -159,17 +160,16 @@ class ZeroEngine(Engine):
         return module
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        # DeepSpeed averages over ranks and micro-batches; the contract is a sum. Clipping happens inside its step.
+        # DeepSpeed averages over ranks and micro-batches; the contract is a sum.
         self._model.set_gradient_accumulation_boundary(is_boundary=last)
         self._model.backward(loss * (self.placement.world_size * self.placement.accumulation))
-        if last:
-            self._model.step()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
     def step(self) -> StepOutcome:
+        self._model.step()  # clips; where the norm over all ranks is not finite, it clears the gradients and no more
         norm = self._model.get_global_grad_norm()
         grad_norm = math.nan if norm is None else float(norm)
         return StepOutcome(grad_norm, bool(self._model.was_step_applied()))

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps masters and moments: the only file that knows its internals (deepspeed 0.18 and 0.19).
+"""Where DeepSpeed keeps masters and moments: the only file that knows its internals (deepspeed 0.19.8).
 
 Nothing is gathered: `safe_get_full_*`, the public way, gives every tensor to every rank, 840 GB a rank for 70B.
 """
