@@ -19,7 +19,8 @@ from llmft_core.extensions import Engine
 from llmft_core.train.evaluate import evaluate
 from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
-from llmft_core.train.loss import Call, micro_batch_loss
+from llmft_core.train.loss import Call, joins_rows, micro_batch_loss
+from llmft_core.train.output_probe import find_output_layer
 from llmft_core.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def train(
     saving where the plan says so."""
     plan, placement = job.plan, job.placement
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
-    form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
+    form = Form.of(plan, job.pad_id)
+    output, caution = find_output_layer(job, engine, device)
+    call = Call(output, flat=joins_rows(engine.bare_model))
+    if rank == 0 and caution:
+        reporter.send({"kind": "warning", "text": caution})
     if form.packed:
         check_isolation(job, engine, device)
     order = Order.of(data.train, plan, mix_of(data))
@@ -95,7 +100,7 @@ def train(
         epoch_ends = step_of_epoch == job.epoch_steps[epoch] - 1
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
-            latest |= evaluate(job, engine, data.test, rank, device)
+            latest |= evaluate(job, engine, data.test, rank, device, call)
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
