@@ -128,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
         gradients = ctx.gradients
         del ctx.gradients  # they are changed in place: a second backward pass would be wrong, and so fails

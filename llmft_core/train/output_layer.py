@@ -54,15 +54,13 @@ class OutputLayer:
         finally:
             self._wanted = None
 
-    def _forward_wanted(self, hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+    def _forward_wanted(self, hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
         """In place of the layer's own; `hidden` is (B, T, H)."""
         if self._wanted is None or self.way == "all":
-            numbers: torch.Tensor = self._forward(hidden, *others, **named)
-            return numbers
+            return self._forward(hidden, *others, **named)
         states = hidden.flatten(0, 1)  # (B·T, H)
         if self.way == "positions":
-            numbers = self._forward(states.index_select(0, self._wanted.positions).unsqueeze(0), *others, **named)
-            return numbers
+            return self._forward(states.index_select(0, self._wanted.positions).unsqueeze(0), *others, **named)
         layer: Any = self.layer
         loss = chunked_loss(
             states, layer.weight, layer.bias, self._wanted.positions, self._wanted.targets, self.shaping

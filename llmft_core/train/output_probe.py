@@ -1,7 +1,7 @@
 """Which way a model's loss is computed, tried on the model itself before training.
 
-What a model does with its output layer is its own affair: it may scale logits, cap them, mask some, or have another kind
-of layer. Of the ways that give the loss of all logits, the one that takes the least memory is chosen.
+What a model does with its output layer is its own affair: it may scale logits, cap them, mask some, or have a layer of
+another kind. Of the ways that give the loss of all logits, the one that takes the least memory is chosen.
 """
 
 from __future__ import annotations
