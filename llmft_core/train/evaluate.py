@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    job: Job, engine: Engine, table: TokenTable, rank: int, device: torch.device, at: Callable[[str], None]
+    job: Job,
+    engine: Engine,
+    table: TokenTable,
+    rank: int,
+    device: torch.device,
+    call: Call,
+    at: Callable[[str], None],
 ) -> dict[str, float]:
     """`eval/loss` in nats per trained token and `eval/perplexity`, equal on all ranks; `at` is told each round before
     it. Collective."""
@@ -29,7 +35,7 @@ def evaluate(
     layout = Placement(**{**vars(job.placement), "micro_batch": micro_batch, "accumulation": 1})
     order = Order.of(table, job.plan).epoch(0)
     rounds = 1 if job.plan.smoke_test else steps_of(len(order), layout.global_batch, drop_last=False)
-    form, call = Form.of(job.plan, job.pad_id), Call.of(engine.bare_model)
+    form = Form.of(job.plan, job.pad_id)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, trained tokens
     engine.model.eval()
     with torch.no_grad():

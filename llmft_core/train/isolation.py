@@ -12,7 +12,7 @@ import torch.distributed as dist
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.train.job import Job
-from llmft_core.train.loss import Call
+from llmft_core.train.loss import joins_rows
 
 PROBE_TOKENS = 24
 """Tokens of each of the two samples: longer than the kernels of convolutional layers."""
@@ -52,7 +52,7 @@ def check_isolation(job: Job, engine: Engine, device: torch.device) -> None:
 def _logits(job: Job, engine: Engine, device: torch.device, samples: list[torch.Tensor]) -> torch.Tensor:
     """Logits (T, V) float32 of a row of samples, the last of several equal rows, called as in training."""
     rows = job.placement.micro_batch
-    shape = (1, -1) if Call.of(engine.bare_model).flat else (rows, -1)
+    shape = (1, -1) if joins_rows(engine.bare_model) else (rows, -1)
     ids = torch.cat(samples)  # (T,)
     position_ids = torch.cat([torch.arange(len(sample)) for sample in samples])
     inputs = {"input_ids": ids, "position_ids": position_ids}

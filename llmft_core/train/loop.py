@@ -21,7 +21,8 @@ from llmft_core.train.evaluate import evaluate
 from llmft_core.train.guards import Guards, with_its_gradient
 from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
-from llmft_core.train.loss import Call, micro_batch_loss
+from llmft_core.train.loss import Call, joins_rows, micro_batch_loss
+from llmft_core.train.output_probe import find_output_layer
 from llmft_core.train.schedule import learning_rate
 from llmft_core.train.watchdog import Watchdog
 
@@ -52,7 +53,11 @@ def train(
     plan, placement = job.plan, job.placement
     watchdog = watchdog or Watchdog(0, rank, reporter)
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
-    form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
+    form = Form.of(plan, job.pad_id)
+    output, caution = find_output_layer(job, engine, device)
+    call = Call(output, flat=joins_rows(engine.bare_model))
+    if rank == 0 and caution:
+        reporter.send({"kind": "warning", "text": caution})
     if form.packed:
         check_isolation(job, engine, device)
     order = Order.of(data.train, plan, mix_of(data))
@@ -111,7 +116,7 @@ def train(
         epoch_ends = step_of_epoch == job.epoch_steps[epoch] - 1
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
-            latest |= evaluate(job, engine, data.test, rank, device, partial(watchdog.at, done))
+            latest |= evaluate(job, engine, data.test, rank, device, call, partial(watchdog.at, done))
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:

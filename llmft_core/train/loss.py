@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from llmft_core.data.batches import MicroBatch
+from llmft_core.train.output_layer import OutputLayer, Wanted
 from llmft_core.values import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a model is called. `keeps`: it can compute its output layer at chosen positions only, which leaves out
-    prompts and padding; float32 logits of a long batch cost more memory than anything else. `flat`: packed rows go
-    through it behind one another, as one."""
+    """How a model is called. `output`: its output layer. `flat`: packed rows go through it behind one another, as
+    one."""
 
-    keeps: bool
+    output: OutputLayer
     flat: bool
 
-    @classmethod
-    def of(cls, bare_model: torch.nn.Module) -> Call:
-        """As a transformers model wants it.
 
-        FlashAttention finds the samples by their positions in a batch of one row only, and in larger ones lets them
-        see each other without a word; it costs nothing there to join the rows. Under SDPA it would cost a mask of the
-        whole batch squared.
-        """
-        keeps = "logits_to_keep" in inspect.signature(bare_model.forward).parameters
-        attention = getattr(bare_model.config, "_attn_implementation", None) or ""
-        return cls(keeps, flat="flash" in attention)
+def joins_rows(bare_model: torch.nn.Module) -> bool:
+    """Whether packed rows are to go through a model as one.
+
+    FlashAttention finds the samples by their positions in a batch of one row only, and in larger ones lets them see
+    each other without a word; it costs nothing there to join the rows. Under SDPA it would cost a mask of the whole
+    batch squared.
+    """
+    return "flash" in (getattr(bare_model.config, "_attn_implementation", None) or "")
 
 
 def micro_batch_loss(model: torch.nn.Module, batch: MicroBatch, device: torch.device, call: Call) -> torch.Tensor:
@@ -41,17 +38,16 @@ def micro_batch_loss(model: torch.nn.Module, batch: MicroBatch, device: torch.de
     if position_ids and call.flat:
         # No label crosses from row to row: nothing predicts the first token of a sample.
         input_ids, labels, position_ids = input_ids.view(1, -1), labels.view(1, -1), [position_ids[0].view(1, -1)]
-    positions = position_ids[0].to(device) if position_ids else None
-    return loss_sum(model, input_ids.to(device), labels, positions, keeps=call.keeps)
+    positions = sent(position_ids[0], device) if position_ids else None
+    return loss_sum(model, sent(input_ids, device), labels, positions, call.output)
 
 
 def loss_sum(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    *,
-    keeps: bool,
+    position_ids: torch.Tensor | None,
+    output: OutputLayer,
 ) -> torch.Tensor:
     """Cross-entropy summed over the trained tokens of a micro-batch, in nats, 0-d float32, on the model's device.
 
@@ -66,14 +62,27 @@ def loss_sum(
     inputs = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    targets = labels[:, 1:]  # (B, T-1)
-    if keeps:
-        positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)  # (K,) columns some row is trained at
-        if positions.numel() == 0:
-            positions = positions.new_zeros(1)  # nothing is trained, but every rank takes part in the backward pass
-        targets = targets[:, positions]
-        logits = model(**inputs, logits_to_keep=positions.to(input_ids.device)).logits  # (B, K, V)
+    targets = torch.full_like(labels, IGNORED_LABEL)  # (B, T), by the position that predicts them
+    targets[:, :-1] = labels[:, 1:]
+    targets = targets.flatten()
+    positions = (targets != IGNORED_LABEL).nonzero().squeeze(1)  # (N,)
+    anything = positions.numel() > 0
+    if not anything:
+        positions = positions.new_zeros(1)  # nothing is trained, but every rank takes part in the backward pass
+    targets = targets[positions].clamp(min=0)
+    wanted = Wanted(sent(positions, input_ids.device), sent(targets, input_ids.device))
+    with output.at(wanted):
+        logits = model(**inputs).logits
+    if output.way == "loss":
+        assert output.loss is not None
+        loss = output.loss
     else:
-        logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
-    targets = targets.to(logits.device)
-    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        logits = logits.flatten(0, 1)  # (N, V), or (B·T, V)
+        logits = logits if output.way == "positions" else logits.index_select(0, wanted.positions)
+        loss = cross_entropy(logits.float(), wanted.targets, reduction="sum")
+    return loss if anything else loss * 0.0
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host, on the device; the host does not wait for what the device is still computing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

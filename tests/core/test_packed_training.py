@@ -43,9 +43,12 @@ def loss_and_gradients(model: Any, batches: list[MicroBatch], flat: bool) -> tup
     import torch
 
     from llmft_core.train.loss import Call, micro_batch_loss
+    from llmft_core.train.output_layer import OutputLayer
 
     model.zero_grad()
-    call = Call(Call.of(model).keeps, flat)
+    output = OutputLayer(model)
+    output.way = "loss"
+    call = Call(output, flat)
     loss = sum(micro_batch_loss(model, batch, torch.device("cpu"), call) for batch in batches)
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tables import InMemory, random_table
+import numpy as np
+from tables import InMemory, ListTable, random_table
 
 from llmft_core.data.order import Order
 from llmft_core.data.steps import epoch_steps
@@ -181,3 +183,110 @@ def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, st
             answers[kind] = str(error)
         engine.finish()
     return answers
+
+
+def gradients_of_both_ways(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, Any]:
+    """For each model: the way that was found for its loss, what was said of it, and the loss and gradients of one
+    micro-batch on each rank, by the engine and by transformers alone with all logits."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM
+
+    from llmft_core.catalog import Catalog
+    from llmft_core.data.batches import Form, collate
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.loss import Call, micro_batch_loss
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+    from llmft_core.train.output_probe import find_output_layer
+
+    ranks, catalog, answers = dist.get_world_size(), Catalog(load_plugins()), {}
+    # The last rank has nothing to train, and takes part.
+    tables = [random_table(4, VOCABULARY, 20, seed=number) for number in range(ranks - 1)]
+    tables.append(ListTable([([5, 6, 7], [-100] * 3)] * 4))
+    batches = []
+    for table in tables:
+        rows = Order(table.lengths, 0, capacity=40).epoch(0)
+        batches.append(collate(table, rows.step(0, len(rows)), np.arange(len(rows)), 0, Form(0, packed=True)))
+    for kind, folder in folders.items():
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        expected = 0.0
+        for batch in batches:
+            ids, labels, positions = map(torch.from_numpy, (batch.input_ids, batch.labels, batch.position_ids))
+            logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
+            share = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            share.backward()
+            expected += float(share.detach())
+        reference = {name: p.grad.numpy() for name, p in plain.named_parameters()}
+
+        job = job_for(strategy, Path(folder), ranks, 4, 1)
+        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        output, said = find_output_layer(job, engine, torch.device("cpu"))
+        loss = micro_batch_loss(engine.model, batches[rank], torch.device("cpu"), Call(output, flat=False))
+        if strategy == "ddp":
+            engine.backward(loss, last=True)
+            found = {name: p.grad for name, p in engine.bare_model.named_parameters()}
+        else:  # not through the engine, which clears the gradients with the step
+            engine.model.backward(loss * ranks)
+            found = {name: safe_get_full_grad(p) for name, p in engine.bare_model.named_parameters()}
+        summed = loss.detach().clone()
+        dist.all_reduce(summed)
+        answers[kind] = {
+            "way": output.way,
+            "said": said,
+            "loss": (float(summed), expected),
+            "gradients": {name: (found[name].numpy(), reference[name]) for name in reference},
+        }
+        engine.finish()
+    return answers
+
+
+def ways_of_strange_models(rank: int, folder: str) -> dict[str, tuple[str, str]]:
+    """The way that is found for the loss of models that do something else with their output layer, and what is said."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from llmft_core.train.output_probe import find_output_layer
+
+    class Another(torch.nn.Linear):
+        """A layer that adds something of its own."""
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden) + 1
+
+    def strange(kind: str) -> Any:
+        model = LlamaForCausalLM.from_pretrained(folder)
+        forward = model.forward
+
+        def changed(**inputs: Any) -> Any:
+            answer = forward(**inputs)
+            if kind == "capped by tanh at 1000":
+                answer.logits = 1000 * torch.tanh(answer.logits / 1000)
+            elif kind == "only every other entry":
+                answer.logits = answer.logits[..., ::2].repeat_interleave(2, -1)[..., :50]
+            return answer
+
+        model.forward = changed
+        if kind == "another kind":
+            layer = Another(32, VOCABULARY, bias=False)
+            layer.weight = model.lm_head.weight
+            model.lm_head = layer
+        elif kind == "no layer":
+            model.get_output_embeddings = lambda: None
+        return model
+
+    found = {}
+    for kind in ("llama", "capped by tanh at 1000", "another kind", "only every other entry", "no layer", "fp16"):
+        job = job_for("ddp", Path(folder), 1, 2, 1, precision="fp16" if kind == "fp16" else "fp32")
+        model = strange(kind)
+        engine: Any = SimpleNamespace(model=model, bare_model=model)
+        if kind == "only every other entry":
+            job = replace(job, vocabulary=50)
+        output, said = find_output_layer(job, engine, torch.device("cpu"))
+        found[kind] = (output.way, said)
+    return found
