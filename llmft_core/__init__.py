@@ -20,7 +20,7 @@ from llmft_core.extensions import (
     VerifiedUploads,
 )
 from llmft_core.hookspecs import hookimpl
-from llmft_core.options import Options
+from llmft_core.options import Options, comma_separated
 from llmft_core.values import (
     IGNORED_LABEL,
     Conversation,
@@ -67,5 +67,6 @@ __all__ = [
     "Strategy",
     "Tracker",
     "VerifiedUploads",
+    "comma_separated",
     "hookimpl",
 ]

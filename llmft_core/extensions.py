@@ -400,6 +400,10 @@ class Method(Extension, ABC):
 class Tracker(Extension, ABC):
     """Watches a run from the driver. It observes: an error in a tracker is reported and never changes the run."""
 
+    def problems(self) -> list[Problem]:
+        """What would keep it from watching (a package, a login), found on the driver before anything is started."""
+        return []
+
     @abstractmethod
     def start(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """`folder` is local, the tracker's to write to, and is copied to the run's storage now and then and at the

@@ -60,6 +60,11 @@ def sharing_problems(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> list[
     ]
 
 
+def tracker_problems(plan: RunPlan, catalog: Catalog) -> list[Problem]:
+    """What would keep a tracker from watching the run: better known now than after an hour without a curve."""
+    return [problem for choice in plan.tracker for problem in catalog.create("tracker", choice).problems()]
+
+
 def disk_problems(checkpoint_bytes: int) -> list[Problem]:
     """Whether this machine's cache has room for one staged checkpoint."""
     folder = cache_folder()

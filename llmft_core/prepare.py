@@ -22,7 +22,13 @@ from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat
 from llmft_core.placing import place
 from llmft_core.plan import RunPlan
-from llmft_core.preflight import context_problems, disk_problems, sharing_problems, storage_problems
+from llmft_core.preflight import (
+    context_problems,
+    disk_problems,
+    sharing_problems,
+    storage_problems,
+    tracker_problems,
+)
 from llmft_core.storage.places import Places
 from llmft_core.train.cluster import Cluster, survey
 from llmft_core.train.job import Job
@@ -78,6 +84,7 @@ def make_ready(
     places = Places(catalog, plan.storage, plan.backends)
     problems += storage_problems(plan, places, new=not resumed)
     problems += sharing_problems(plan, cluster, catalog)
+    problems += tracker_problems(plan, catalog)
     if plan.data.engine == "ray" and cluster.address in ("", "local"):
         why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"
         problems.append(Problem("data.engine", why))

@@ -14,7 +14,7 @@ from servers import GcsServer, S3Server, gcs_emulator, moto, rclone_s3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-FOREIGN = ("LLMFT_", "AWS_", "GOOGLE_")  # variables that would change what a test sees
+FOREIGN = ("LLMFT_", "AWS_", "GOOGLE_", "WANDB_", "MLFLOW_")  # variables that would change what a test sees
 
 _scratch: list[str] = []
 
@@ -38,6 +38,11 @@ def pytest_configure() -> None:
         AWS_SHARED_CREDENTIALS_FILE=str(Path(_scratch[0]) / "aws-credentials"),
         AWS_CONFIG_FILE=str(Path(_scratch[0]) / "aws-config"),
         CLOUDSDK_CONFIG=str(Path(_scratch[0]) / "gcloud"),
+        NETRC=str(Path(_scratch[0]) / "netrc"),
+        WANDB_MODE="offline",
+        WANDB_ERROR_REPORTING="false",
+        WANDB_CACHE_DIR=str(Path(_scratch[0]) / "wandb"),
+        MLFLOW_DISABLE_TELEMETRY="true",
     )
 
 

@@ -156,6 +156,10 @@ class TrackerContract(ExtensionContract):
         extension.log({}, step=3)
         extension.finish()
 
+    def test_problems_are_told_before_the_run(self, extension: Tracker) -> None:
+        """Here everything is installed and nobody is asked to log in."""
+        assert extension.problems() == []
+
     def test_finish_is_safe_at_any_time(self, extension: Tracker, tmp_path: Path, plan: Mapping[str, Any]) -> None:
         """A run may fail before `start`, and the way out may pass `finish` twice."""
         extension.finish()
@@ -169,10 +173,10 @@ class TrackerContract(ExtensionContract):
         extension.start(tmp_path, plan)
         extension.log({"train/loss": 2.5}, step=1)
         extension.finish()
-        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        before = {file: file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()}
         resumed = type(extension)(extension.options)
         resumed.start(tmp_path, plan)
         resumed.log({"train/loss": 2.4}, step=2)
         resumed.finish()
-        for file, content in before.items():
-            assert file.read_bytes().startswith(content)
+        for file, size in before.items():  # a database changes in the middle, too
+            assert file.stat().st_size >= size

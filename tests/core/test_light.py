@@ -6,7 +6,19 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "ray", "deepspeed", "accelerate", "pyarrow", "peft", "datasets", "tensorboard")
+HEAVY = (
+    "torch",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "accelerate",
+    "pyarrow",
+    "peft",
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+)
 
 SCRIPT = """
 import json, sys

@@ -163,3 +163,13 @@ def test_buckets_and_credentials(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (refused,) = errors(capsys, *where, "bucket")
     assert "does not accept the access key" in refused
+
+
+def test_a_tracker_without_a_login(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together with what else is wrong, instead of an hour later."""
+    monkeypatch.delenv("WANDB_MODE")
+    found = errors(capsys, "--tracker", "wandb", "--context-length", "4096")
+    assert [line.partition(":")[0] for line in found] == ["tracker", "context-length"]
+    assert "set WANDB_API_KEY, run `wandb login`, or choose `mode: offline`" in found[0]
