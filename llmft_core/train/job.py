@@ -104,5 +104,6 @@ class Reporter(Protocol):
         checkpoint was under way), checkpoint (`name`, `uri`, `step`, `metrics`, `seconds`, `bytes`), state (`name`,
         `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
         `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
-        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost) and error (`message`,
-        `rank`, `ours`: whether it is an LlmftError)."""
+        training goes on); under Ray also rank (`rank`, `host`), failed (`ranks` that were lost), preempted (ids of
+        `nodes` that are taken away in `seconds` or None), and error (`message`, `rank`, `ours`: whether it is an
+        LlmftError). From the driver itself: stopping (`text`)."""

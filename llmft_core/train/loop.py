@@ -33,6 +33,10 @@ SaveState = Callable[[int], None]
 """Write a state after so many optimizer steps. Called on all ranks; not collective."""
 
 
+AskedToStop = Callable[[], bool]
+"""Whether training is to end after the step that is being done. Rank 0's answer counts."""
+
+
 def train(
     job: Job,
     engine: Engine,
@@ -41,9 +45,10 @@ def train(
     reporter: Reporter,
     save: Save,
     save_state: SaveState | None = None,
+    asked_to_stop: AskedToStop = lambda: False,
 ) -> None:
     """Train from the first optimizer step, or the one after the state that was restored, to the last, evaluating and
-    saving where the plan says so."""
+    saving where the plan says so. Where rank 0 is asked to stop, all ranks write a state after the step and return."""
     plan, placement = job.plan, job.placement
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
     form, call = Form.of(plan, job.pad_id), Call.of(engine.bare_model)
@@ -71,12 +76,14 @@ def train(
             engine.backward(share, last=number == placement.accumulation - 1)
             loss += share.detach()
         outcome = engine.step()
-        # Rank 0's clock decides for all when a state is due, and its word travels with the loss.
+        # Rank 0's clock decides for all when a state is due, it alone is asked to stop, and its word travels with the
+        # loss.
         minutes = (time.monotonic() - state_written) / 60
         by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
-        summed = torch.stack([loss, torch.tensor(float(by_time), device=device)])
+        word = torch.tensor([float(by_time), float(rank == 0 and asked_to_stop())], device=device)
+        summed = torch.cat([loss.view(1), word])
         dist.all_reduce(summed)
-        loss, state_due = summed[0], bool(summed[1])
+        loss, state_due, stopping = summed[0], bool(summed[1]), bool(summed[2])
         check_step(step, float(loss), outcome.grad_norm, outcome.applied, may_skip=plan.precision == "fp16")
 
         seconds = time.perf_counter() - started
@@ -100,9 +107,11 @@ def train(
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:
             save(done, epoch, latest)
-        if save_state is not None and (due["state"] or state_due) and done < job.total_steps:
+        if save_state is not None and (due["state"] or state_due or stopping) and done < job.total_steps:
             save_state(done)
             state_written = time.monotonic()
+        if stopping:
+            return
 
 
 class Waited:

@@ -18,7 +18,7 @@ from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job, Reporter, Resume
-from llmft_core.train.loop import train
+from llmft_core.train.loop import AskedToStop, train
 from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
@@ -26,8 +26,9 @@ from llmft_core.train.state_saver import StateSaver
 from llmft_core.weights.cache import cache_folder
 
 
-def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
-    """Train this rank's part. The default process group exists and has the placement's world size.
+def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToStop = lambda: False) -> None:
+    """Train this rank's part, to the end or until rank 0 is asked to stop; returns when all that was begun is complete
+    in storage. The default process group exists and has the placement's world size.
 
     Raises LlmftError for whatever a user can act on.
     """
@@ -61,7 +62,7 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
             Saver(job, engine, rank, reporter, run) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,
         ):
-            train(job, engine, data, rank, saver, saver.save, states.save)
+            train(job, engine, data, rank, saver, saver.save, states.save, asked_to_stop)
     except torch.OutOfMemoryError as error:
         raise LlmftError(
             f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
