@@ -29,6 +29,12 @@ class Interrupted(LlmftError):
     exit_code = 130
 
 
+class Terminated(Interrupted):
+    """SIGTERM stopped the run, as schedulers do before they kill; exit code 143 (128 + SIGTERM)."""
+
+    exit_code = 143
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with the input.

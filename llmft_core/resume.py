@@ -158,10 +158,14 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
 def resume_at(point: Point) -> Resume:
     """The numbers from which the run goes on. What was written after the state is kept: new folders come after it."""
     numbers = next_numbers(point.run)
-    numbered = {"next_state": numbers["state"], "next_checkpoint": numbers["checkpoint"]}
-    if point.state is None:
-        return Resume("", 0, **numbered)
-    return Resume(point.state.place.uri, point.step, **numbered, guards=point.state.progress.guards)
+    state = point.state
+    return Resume(
+        state.place.uri if state is not None else "",
+        point.step,
+        next_state=numbers["state"],
+        next_checkpoint=numbers["checkpoint"],
+        guards=state.progress.guards if state is not None else {},
+    )
 
 
 def fetch_logs(run: Place, folder: Path) -> None:

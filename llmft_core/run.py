@@ -30,11 +30,12 @@ from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.aside import put_aside
-from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start, termination_as_interrupt
+from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start
 from llmft_core.train.job import Job
 from llmft_core.train.launch import launch
 from llmft_core.train.mailbox import Mailbox, MailReader
 from llmft_core.train.ship import ship
+from llmft_core.train.stopping import Stop
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.share import Sharer, check_same, sharing
 from llmft_core.weights.stage import stage_model
@@ -53,14 +54,14 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | 
     cluster = ready.cluster
     try:
         cluster = start(cluster, ready.placement.world_size, debug=debug)
-        with termination_as_interrupt():  # after Ray's start, which sets handlers of its own
+        with Stop() as stop:  # after Ray's start, which sets handlers of its own
             problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
             if problems:
                 raise Problems(problems)
             job, folders = stage(ready, cluster, view)
-            return train(replace(ready, cluster=cluster, job=job), folders, view, point)
+            return train(replace(ready, cluster=cluster, job=job), folders, view, stop, point)
     finally:
-        stop(cluster)
+        leave(cluster)
 
 
 def show_head(ready: Ready, view: LiveView) -> None:
@@ -128,20 +129,20 @@ def stage_on_node(
 
 
 def train(
-    ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView, point: Point | None = None
+    ready: Ready, folders: Mapping[str, Mapping[str, str]], view: LiveView, stop: Stop, point: Point | None = None
 ) -> Outcome:
     """Claim the run's name in storage, or go on with what is there, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
-    with Lease(target, view.warn):
+    with Lease(target, view.warn, stop.at_once):
         if point is not None:
             swept = sweep(target)
             for name in swept:
                 view.say(f"{name} removed: it was never complete")
             ready = replace(ready, job=replace(ready.job, resume=resume_at(point)))
-            return follow(ready, folders, target, view)
+            return follow(ready, folders, target, view, stop)
         claim(target, (json.dumps(described, indent=2) + "\n").encode())
-        return follow(ready, folders, target, view)
+        return follow(ready, folders, target, view, stop)
 
 
 def telling(mailbox: Any) -> Callable[[int, int], None]:
@@ -159,7 +160,9 @@ def telling(mailbox: Any) -> Callable[[int, int], None]:
     return progress
 
 
-def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place, view: LiveView) -> Outcome:
+def follow(
+    ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place, view: LiveView, stop: Stop
+) -> Outcome:
     """Train, follow the events, and keep what the trackers write."""
     trackers_folder = cache_folder() / "trackers"
     trackers_folder.mkdir(parents=True, exist_ok=True)
@@ -180,6 +183,8 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
             view.warn(
                 f"rank {event['rank']} does not get on in {event['doing']} of optimizer step {event['step']}: {uri}"
             )
+        elif event["kind"] == "stopping":
+            view.say(event["text"])
         elif event["kind"] == "restarted":
             view.warn(restart_line(outcome, event["step"]))
             trackers.finish()
@@ -214,7 +219,7 @@ def follow(ready: Ready, folders: Mapping[str, Mapping[str, str]], target: Place
         with keeper:
             try:
                 with view:
-                    launch(ready.job, ready.cluster, folders, on_event)
+                    launch(ready.job, ready.cluster, folders, on_event, stop)
             finally:
                 trackers.finish()
     finally:
@@ -257,7 +262,7 @@ def tracker_list(ready: Ready) -> list[Tracker]:
     return [ready.catalog.create("tracker", choice) for choice in ready.plan.tracker]
 
 
-def stop(cluster: Cluster) -> None:
+def leave(cluster: Cluster) -> None:
     """Leave the cluster; a Ray of our own ends with all its processes."""
     if cluster.address:
         import ray

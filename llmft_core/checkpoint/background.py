@@ -12,6 +12,7 @@ class Background:
     slow store makes training slower instead of filling memory and disk.
 
     As a context manager it waits for the last one, also when training failed: what was taken before is worth keeping.
+    Only Ctrl-C (KeyboardInterrupt) leaves it behind: it stays incomplete.
     """
 
     def __init__(self) -> None:
@@ -45,10 +46,14 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        at_once = isinstance(error, KeyboardInterrupt)
         try:
             if error is None:
                 self.wait()
-            elif self._pending is not None and (failed := self._pending.exception()) is not None:
+            elif not at_once and self._pending is not None and (failed := self._pending.exception()) is not None:
                 error.add_note(f"and the last checkpoint failed too: {failed}")
+        except KeyboardInterrupt:
+            at_once = True
+            raise
         finally:
-            self._executor.shutdown()
+            self._executor.shutdown(wait=not at_once)

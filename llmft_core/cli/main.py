@@ -23,7 +23,7 @@ from llmft_core.cli import (
     verify_resume,
     weights,
 )
-from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, close_match, one_line
+from llmft_core.errors import InputError, Interrupted, LlmftError, Problems, Terminated, close_match, one_line
 
 DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models on a Ray cluster."
 
@@ -31,7 +31,7 @@ DESCRIPTION = "Fine-tune Llama-2 and other Hugging Face causal language models o
 def entry_point() -> None:
     """The console script."""
     code = main(sys.argv[1:])
-    if code == Interrupted.exit_code:
+    if code in (Interrupted.exit_code, Terminated.exit_code):
         # Ray's threads do not survive an interpreter that is taken down in the middle of something.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -40,7 +40,8 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the input was wrong, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the input was wrong, 130 interrupted
+    (143 by SIGTERM)."""
     try:
         return dispatch(list(argv))
     except (LlmftError, KeyboardInterrupt) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -60,12 +59,6 @@ def holder_of(run: Place) -> Holder | None:
     return found if found is not None and not found.gone else None
 
 
-def interrupt() -> None:
-    """Stop this process cleanly, from any thread: SIGTERM, because SIGINT may be ignored (`llmft run … &`), and sent to
-    the process rather than to this thread, so that it wakes the main one."""
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 class Lease:
     """A run's lease, as a context: taken, renewed in a thread, given back.
 
@@ -75,7 +68,7 @@ class Lease:
     """
 
     def __init__(
-        self, run: Place, warn: Callable[[str], None], on_lost: Callable[[], None] = interrupt, every: float = EVERY
+        self, run: Place, warn: Callable[[str], None], on_lost: Callable[[], None], every: float = EVERY
     ) -> None:
         """`every`: seconds between two renewals."""
         self._run, self._warn, self._on_lost, self._every = run, warn, on_lost, every

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,26 +69,6 @@ def survey(plan: RunPlan, *, debug: bool) -> Cluster:
         bf16 = not gpus or torch.cuda.is_bf16_supported(including_emulation=False)
         return Cluster(address, (Node("", socket.gethostname(), len(os.sched_getaffinity(0)), gpus),), bf16)
     return _connected(address, debug)
-
-
-@contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, within the block is Ctrl-C: the run stops cleanly."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        # A program that a script started in the background ignores SIGINT, and must obey SIGTERM all the same.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -178,6 +158,11 @@ def _nodes() -> tuple[Node, ...]:
         )
         for node in alive
     )
+
+
+def without(cluster: Cluster, leaving: Sequence[str]) -> Cluster:
+    """What is there now of a cluster elsewhere, without the nodes of these ids."""
+    return Cluster(cluster.address, tuple(node for node in _nodes() if node.id not in leaving))
 
 
 def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> dict[Node, Any]:

@@ -108,4 +108,5 @@ class Reporter(Protocol):
         `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
         training goes on), hung (a rank that does not get on, before its process ends: `rank`, `host`, `step`, `doing`,
         `stage`, `seconds`, `at`, `waiting`, `stack`); under Ray also rank (`rank`, `host`), failed (`ranks` that were
-        lost) and error (`message`, `rank`, `ours`: whether it is an LlmftError)."""
+        lost), preempted (ids of `nodes` that are taken away in `seconds` or None), and error (`message`, `rank`,
+        `ours`: whether it is an LlmftError). From the driver itself: stopping (`text`)."""

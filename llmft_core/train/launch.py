@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmft_core.errors import Interrupted, LlmftError, one_line
-from llmft_core.train.cluster import Cluster
+from llmft_core.errors import LlmftError, one_line
+from llmft_core.train.cluster import Cluster, capacity_problems, without
 from llmft_core.train.failures import Watch
 from llmft_core.train.job import Job
 from llmft_core.train.mailbox import Mailbox, MailboxReporter, MailReader, OnEvent
+from llmft_core.train.stopping import Lookout, Stop
 
 
-def launch(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent) -> None:
+def launch(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent, stop: Stop) -> None:
     """Train, and return when the last checkpoint is complete. `folders` has each node's copies by node id.
 
-    Raises LlmftError when a rank failed, Interrupted after Ctrl-C.
+    Raises LlmftError when a rank failed, Interrupted after Ctrl-C or SIGTERM: what was complete by then is in it.
     """
-    if cluster.address == "":
-        train_in_process(job, on_event)
-    else:
-        train_on_ray(job, cluster, folders, on_event)
+    watch = Watch(on_event, job, stop, {node.id: node.host for node in cluster.nodes})
+    try:
+        if cluster.address == "":
+            train_in_process(job, watch, stop)
+        else:
+            train_on_ray(job, cluster, folders, watch, stop)
+    except KeyboardInterrupt:
+        raise stop.interrupted(watch.stopped()) from None
+    if stop.asked() and watch.unfinished:
+        raise stop.interrupted(watch.stopped())
 
 
 class CallReporter:
@@ -41,14 +51,13 @@ class CallReporter:
             os._exit(LlmftError.exit_code)
 
 
-def train_in_process(job: Job, on_event: OnEvent) -> None:
+def train_in_process(job: Job, watch: Watch, stop: Stop) -> None:
     """One rank, here, without a cluster: to debug, and to train on one GPU."""
     import torch
     import torch.distributed as dist
 
     from llmft_core.train.worker import train_rank
 
-    watch = Watch(on_event)
     # accelerate and DeepSpeed read the layout from these.
     layout = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     layout["ACCELERATE_TORCH_DEVICE"] = "cpu" if job.placement.device == "cpu" else "cuda:0"  # as Ray Train sets it
@@ -59,7 +68,8 @@ def train_in_process(job: Job, on_event: OnEvent) -> None:
         torch.cuda.set_device(0)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        train_rank(job, 0, CallReporter(watch))
+        with stop.announced(watch.announce):
+            train_rank(job, 0, CallReporter(watch), stop.asked)
     except LlmftError as error:
         error.add_note(watch.kept())
         raise
@@ -97,7 +107,8 @@ def rank_main(config: dict[str, Any]) -> None:
         if node not in config["folders"]:
             raise LlmftError("this node joined the cluster after the run was prepared: start the run again")
         job = Job.from_json({**config["job"], **config["folders"][node]})
-        train_rank(job, rank, reporter)
+        with Lookout(config["mailbox"], reporter.send) if rank == 0 else nullcontext() as lookout:
+            train_rank(job, rank, reporter, lookout.asked if lookout is not None else lambda: False)
     except Exception as error:
         ours = isinstance(error, LlmftError)
         text = one_line(error) if ours else f"{type(error).__name__}: {one_line(error)}"
@@ -107,14 +118,16 @@ def rank_main(config: dict[str, Any]) -> None:
         reporter.flush()
 
 
-def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent) -> None:
+def train_on_ray(
+    job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], watch: Watch, stop: Stop
+) -> None:
     """Ray Train V2. Its own checkpoints are not used: our marker is the truth, and our uploads are verified."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    watch = Watch(on_event)
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # seconds count there; the default is 5
 
     class TellFailures(UserCallback):  # type: ignore[misc]
         """Runs in Ray Train's controller: `fit` says nothing of failures that were survived."""
@@ -122,9 +135,20 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             mailbox.put.remote({"kind": "failed", "ranks": sorted(worker_exceptions)})
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray Train's own aborts at the first Ctrl-C."""
+            super()._register_sigint_handler(controller)
+            stop.put_before(signal.getsignal(signal.SIGINT))  # type: ignore[arg-type]
+
+    def announce(text: str) -> None:
+        watch.announce(text)
+        mailbox.stop.remote()
+
     on_gpu = job.placement.device == "cuda"
     with tempfile.TemporaryDirectory(prefix="llmft-ray-") as scratch:
-        trainer = TorchTrainer(
+        make_trainer = partial(
+            Trainer,
             rank_main,
             train_loop_config={"job": job.to_json(), "folders": dict(folders), "mailbox": mailbox},
             scaling_config=ScalingConfig(
@@ -143,19 +167,34 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
                 timeout_s=max(3600, round(2 * job.plan.step_timeout)),
             ),
         )
-        reader = MailReader(mailbox, watch.handle)
-        reader.start()
+
+        def fit() -> None:
+            reader = MailReader(mailbox, watch.handle)
+            reader.start()
+            try:
+                make_trainer().fit()
+            except Exception as error:
+                reader.finish()
+                raise LlmftError(watch.explained(error)) from error
+            finally:
+                reader.finish()
+                stop.training = False
+
         try:
-            trainer.fit()
-        except (SystemExit, KeyboardInterrupt):
-            reader.finish()
-            raise Interrupted(f"stopped by the user: {watch.kept()}") from None
-        except Exception as error:
-            reader.finish()
-            raise LlmftError(watch.explained(error)) from error
-        finally:
-            reader.finish()
+            with stop.announced(announce):
+                fit()
+                while watch.leaving and not stop.asked():
+                    check_room(job, cluster, watch)
+                    fit()
+        except SystemExit:  # Ray Train after Ctrl-C
+            raise KeyboardInterrupt from None
         watch.raise_given_up()
+
+
+def check_room(job: Job, cluster: Cluster, watch: Watch) -> None:
+    """Raises LlmftError where the nodes that are not taken away cannot hold the ranks: Ray would wait for ever."""
+    for problem in capacity_problems(job.plan, without(cluster, watch.leaving)):
+        raise LlmftError(f"{watch.taken()}, and without it {problem.reason}; stopped{watch.stopped()}")
 
 
 def threads(cluster: Cluster, job: Job) -> int:

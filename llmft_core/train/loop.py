@@ -37,6 +37,10 @@ SaveState = Callable[[int, Mapping[str, Any]], None]
 """Write a state after (optimizer steps done, `Guards.memory`). Called on all ranks; not collective."""
 
 
+AskedToStop = Callable[[], bool]
+"""Whether training is to end after the step that is being done. Rank 0's answer counts."""
+
+
 def train(
     job: Job,
     engine: Engine,
@@ -47,9 +51,10 @@ def train(
     save_state: SaveState | None = None,
     put_aside: PutAside | None = None,
     watchdog: Watchdog | None = None,
+    asked_to_stop: AskedToStop = lambda: False,
 ) -> None:
     """Train from the first optimizer step, or the one after the state that was restored, to the last, evaluating and
-    saving where the plan says so."""
+    saving where the plan says so. Where rank 0 is asked to stop, all ranks write a state after the step and return."""
     plan, placement = job.plan, job.placement
     watchdog = watchdog or Watchdog(0, rank, reporter)
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
@@ -90,13 +95,15 @@ def train(
             watchdog.at(step + 1, f"the data of micro-batch {number + 1}")
         watchdog.at(step + 1, "the application of the step")
         outcome = engine.step()
-        # Rank 0's clock decides for all when a state is due, and its word travels with the loss.
+        # Rank 0's clock decides for all when a state is due, it alone is asked to stop, and its word travels with the
+        # loss.
         minutes = (time.monotonic() - state_written) / 60
         by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
-        summed = torch.stack([loss, torch.tensor(float(by_time), device=device)])
+        word = torch.tensor([float(by_time), float(rank == 0 and asked_to_stop())], device=device)
+        summed = torch.cat([loss.view(1), word])
         watchdog.at(step + 1, "the sum of the losses")
         dist.all_reduce(summed)
-        loss, state_due = summed[0], bool(summed[1])
+        loss, state_due, stopping = summed[0], bool(summed[1]), bool(summed[2])
         watchdog.met()
         guards.check(step, rows, float(loss), outcome, shares)
 
@@ -122,10 +129,12 @@ def train(
         if due["save"]:
             watchdog.saving(done, "a checkpoint")
             save(done, epoch, latest)
-        if save_state is not None and (due["state"] or state_due) and done < job.total_steps:
+        if save_state is not None and (due["state"] or state_due or stopping) and done < job.total_steps:
             watchdog.saving(done, "a state")
             save_state(done, guards.memory)
             state_written = time.monotonic()
+        if stopping:
+            return
 
 
 class Waited:

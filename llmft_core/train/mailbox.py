@@ -17,14 +17,24 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.given_up = False
+        self.stopping = False
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         self.given_up = self.given_up or (event.get("kind") == "error" and event["ours"])
 
     def is_given_up(self) -> bool:
-        """Whether a rank has said what is wrong in llmft's own words: starting it again would end alike."""
-        return self.given_up
+        """Whether ranks that are started now are to end at once: the run is being stopped, or a rank has said what is
+        wrong in llmft's own words, and would end alike."""
+        return self.given_up or self.stopping
+
+    def stop(self) -> None:
+        """The driver asks for a state, and for the end."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self.stopping
 
     def take(self) -> list[dict[str, Any]]:
         taken, self.events = self.events, []

@@ -20,7 +20,7 @@ from llmft_core.storage.places import Place, Places
 from llmft_core.train.aside import put_aside
 from llmft_core.train.deterministic import deterministic_kernels
 from llmft_core.train.job import Job, Reporter, Resume
-from llmft_core.train.loop import train
+from llmft_core.train.loop import AskedToStop, train
 from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
@@ -29,8 +29,9 @@ from llmft_core.train.watchdog import Watchdog
 from llmft_core.weights.cache import cache_folder
 
 
-def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
-    """Train this rank's part. The default process group exists and has the placement's world size.
+def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToStop = lambda: False) -> None:
+    """Train this rank's part, to the end or until rank 0 is asked to stop; returns when all that was begun is complete
+    in storage. The default process group exists and has the placement's world size.
 
     Raises LlmftError for whatever a user can act on.
     """
@@ -76,6 +77,7 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
                 states.save,
                 put_aside(run, partial(tell, "warning")),
                 watchdog,
+                asked_to_stop,
             )
     except torch.OutOfMemoryError as error:
         raise LlmftError(

@@ -14,12 +14,12 @@ import pytest
 from servers import S3Server
 
 from llmft_core.catalog import Catalog
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError, LlmftError, Terminated
 from llmft_core.loading import load_plugins
 from llmft_core.storage import lease as module
 from llmft_core.storage.lease import NAME, TTL, Lease, holder_of
 from llmft_core.storage.places import Place, Places
-from llmft_core.train.cluster import termination_as_interrupt
+from llmft_core.train.stopping import Stop
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def age(run: Place, seconds: float) -> None:
 
 
 def test_it_is_held_and_given_back(run: Place) -> None:
-    with Lease(run, pytest.fail):
+    with Lease(run, pytest.fail, pytest.fail):
         holder = holder_of(run)
         assert holder is not None
         with pytest.raises(InputError, match=r"is being written by process \d+ on .*: choose another --name"):
-            Lease(run, pytest.fail).__enter__()
+            Lease(run, pytest.fail, pytest.fail).__enter__()
     assert holder_of(run) is None
     assert not (Path(run.path) / NAME).exists()
 
@@ -49,7 +49,7 @@ def test_a_stale_one_is_taken_over_and_its_holder_stops(run: Place) -> None:
     with stopped, Lease(run, pytest.fail, told.set) as old:
         age(run, TTL + 1)
         assert holder_of(run) is None
-        with Lease(run, pytest.fail):
+        with Lease(run, pytest.fail, pytest.fail):
             old._every = 0.01
             old._ending.set()  # wakes the thread, which would sleep for a minute
             old._thread.join()
@@ -60,7 +60,7 @@ def test_a_stale_one_is_taken_over_and_its_holder_stops(run: Place) -> None:
 
 
 def test_it_is_renewed(run: Place) -> None:
-    with Lease(run, pytest.fail, every=0.01):
+    with Lease(run, pytest.fail, pytest.fail, every=0.01):
         age(run, 200)
         deadline = time.monotonic() + 60
         while (holder := holder_of(run)) is not None and holder.age > 100 and time.monotonic() < deadline:
@@ -74,13 +74,14 @@ def test_a_lost_lease_stops_the_run_also_where_ctrl_c_is_ignored(ctrl_c: Any) ->
     """Shells start background programs with SIGINT ignored. The thread that finds out is not the main one."""
 
     def run_until_stopped() -> None:
-        with termination_as_interrupt():
-            threading.Thread(target=module.interrupt).start()
+        with Stop() as stop:
+            stop.training = True
+            threading.Thread(target=stop.at_once).start()
             threading.Event().wait(60)
 
     before = signal.signal(signal.SIGINT, ctrl_c)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Terminated):
             run_until_stopped()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -90,7 +91,7 @@ def test_what_is_no_lease_is_said(run: Place) -> None:
     Path(run.path).mkdir(parents=True)
     (Path(run.path) / NAME).write_text("{}")
     with pytest.raises(LlmftError, match="is no lease"):
-        Lease(run, pytest.fail).__enter__()
+        Lease(run, pytest.fail, pytest.fail).__enter__()
 
 
 @pytest.mark.parametrize("server", ["rclone", "moto"])
@@ -104,7 +105,7 @@ def test_of_several_at_once_one_gets_it(
     monkeypatch.setattr(module, "SETTLE", 4.0)  # a busy machine may hold a thread up for a second
     options = {"s3": {"endpoint-url": running.endpoint_url}}
     run = Places(Catalog(load_plugins()), None, options).place(f"s3://{running.bucket}/leases-{server}/runs/x")
-    leases = [Lease(run, pytest.fail) for _ in range(4)]
+    leases = [Lease(run, pytest.fail, pytest.fail) for _ in range(4)]
 
     def enter(lease: Lease) -> bool:
         try:
