@@ -1,6 +1,6 @@
 """The façade: all that a plugin's code imports from llmft."""
 
-from llmft_core.errors import ChangedMeanwhile, InputError, LlmftError, Problem, Problems
+from llmft_core.errors import ChangedMeanwhile, InputError, LlmftError, Problem, Problems, close_match
 from llmft_core.extensions import (
     API_VERSION,
     DatasetFormat,
@@ -67,5 +67,6 @@ __all__ = [
     "Strategy",
     "Tracker",
     "VerifiedUploads",
+    "close_match",
     "hookimpl",
 ]

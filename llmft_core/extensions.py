@@ -218,6 +218,11 @@ class Strategy(Extension, ABC):
         """What this strategy cannot do with such a placement, found before anything is started."""
         return []
 
+    def state_problem(self) -> str:
+        """Why states cannot be taken of what it trains (some of it lies where its engine cannot read it), or nothing:
+        a plan that writes states is refused then."""
+        return ""
+
     def configuration(self, placement: Placement) -> dict[str, Any]:
         """What it will do, as plain data for the plan (the DeepSpeed configuration), or {}."""
         return {}
