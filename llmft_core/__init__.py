@@ -18,6 +18,7 @@ from llmft_core.extensions import (
     Strategy,
     Tracker,
     VerifiedUploads,
+    on_gpu,
 )
 from llmft_core.hookspecs import hookimpl
 from llmft_core.options import Options
@@ -69,4 +70,5 @@ __all__ = [
     "VerifiedUploads",
     "close_match",
     "hookimpl",
+    "on_gpu",
 ]

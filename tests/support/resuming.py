@@ -18,7 +18,7 @@ EPOCH_STEPS = (4, 4, 4)
 TOTAL = 10
 
 
-def job_for(strategy: str, precision: str, world_size: int, base: str, at: int) -> Job:
+def job_for(strategy: str | dict[str, Any], precision: str, world_size: int, base: str, at: int) -> Job:
     """`at`: the state is written after so many steps."""
     plan = RunPlan.from_json(
         {
@@ -36,9 +36,9 @@ def job_for(strategy: str, precision: str, world_size: int, base: str, at: int) 
     return Job(plan, placement, TOTAL, EPOCH_STEPS, VOCABULARY, 0, (), {}, Path(base), Path(), Path())
 
 
-def train_on(rank: int, cases: list[tuple[str, str, str, int, str, int]]) -> list[dict[str, Any]]:
-    """Each case is (strategy, precision, base, world size, run, step of the state to go on from; 0: from the
-    beginning). Losses of its steps, all fragments afterwards, and the states that were written."""
+def train_on(rank: int, cases: list[tuple[Any, str, str, int, str, int]]) -> list[dict[str, Any]]:
+    """Each case is (strategy as a plan names it, precision, base, world size, run, step of the state to go on from; 0:
+    from the beginning). Losses of its steps, all fragments afterwards, and the states that were written."""
     from llmft_core.catalog import Catalog
     from llmft_core.checkpoint.state import copies, views
     from llmft_core.loading import load_plugins

@@ -24,6 +24,7 @@ from llmft_core import (
     StepOutcome,
     Strategy,
     hookimpl,
+    on_gpu,
 )
 from llmft_plugins.strategies.zero_config import (
     OPTIMIZER,
@@ -35,7 +36,7 @@ from llmft_plugins.strategies.zero_config import (
     planned,
 )
 from llmft_plugins.strategies.zero_file import file_problems
-from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, partition_again
+from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, masters_of, partition_again
 
 if TYPE_CHECKING:
     import torch
@@ -261,6 +262,17 @@ class ZeroEngine(Engine):
 
         context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
         return context
+
+    def held_bytes(self) -> dict[str, int]:
+        if not hasattr(self, "_model"):
+            return {}
+        parameters = list(self.bare_model.parameters())
+        kept = [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]
+        masters = masters_of(self._zero, self.stage)
+        moments = [tensor for state in self._zero.optimizer.state.values() for tensor in state.values()]
+        gradients = [p.grad for p in parameters] + [master.grad for master in masters]
+        kinds = {"weights": kept, "gradients": gradients, "optimizer": [*masters, *moments]}
+        return {kind: on_gpu(tensors) for kind, tensors in kinds.items()}
 
     def finish(self) -> None:
         from accelerate.state import AcceleratorState

@@ -42,14 +42,18 @@ def held(
     return start, {kind: values.view(-1)[:mine] for kind, values in found.items()}
 
 
+def masters_of(zero: Any, stage: int) -> list[torch.Tensor]:
+    """This rank's masters, flat, group after group: what AdamW is given as its parameters."""
+    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+
+
 def make_moments(zero: Any, stage: int, steps: float) -> None:
     """AdamW makes its moments in its first step; before a restore they must exist, for DeepSpeed's flat masters."""
     import torch
 
     adamw = zero.optimizer
-    flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     fused = adamw.param_groups[0]["fused"]
-    for master in flat:
+    for master in masters_of(zero, stage):
         counted = torch.tensor(steps, device=master.device if fused else "cpu")
         adamw.state[master] = {"step": counted, **{kind: torch.zeros_like(master) for kind in MOMENTS}}
 
