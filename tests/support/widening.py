@@ -33,6 +33,7 @@ def widen(rank: int, world_size: int, cases: list[tuple[Any, str, int]]) -> list
                 "values": {name: tensor.numpy() for name, tensor in gathered.items()},
                 "shapes": {name: engine.shapes()[name] for name in names},
                 "tied": embeddings[0].weight is embeddings[1].weight,
+                "held": engine.held_bytes(),
                 "entries": engine.bare_model.config.vocab_size,
             }
         )
