@@ -1,6 +1,6 @@
 """The façade: all that a plugin's code imports from llmft."""
 
-from llmft_core.errors import ChangedMeanwhile, InputError, LlmftError, Problem, Problems
+from llmft_core.errors import ChangedMeanwhile, InputError, LlmftError, Problem, Problems, close_match
 from llmft_core.extensions import (
     API_VERSION,
     DatasetFormat,
@@ -18,6 +18,7 @@ from llmft_core.extensions import (
     Strategy,
     Tracker,
     VerifiedUploads,
+    on_gpu,
 )
 from llmft_core.hookspecs import hookimpl
 from llmft_core.options import Options, comma_separated
@@ -67,6 +68,8 @@ __all__ = [
     "Strategy",
     "Tracker",
     "VerifiedUploads",
+    "close_match",
     "comma_separated",
     "hookimpl",
+    "on_gpu",
 ]

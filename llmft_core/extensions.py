@@ -7,7 +7,7 @@ options on the driver, and again on every worker from the same plan, so it holds
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -218,6 +218,11 @@ class Strategy(Extension, ABC):
         """What this strategy cannot do with such a placement, found before anything is started."""
         return []
 
+    def state_problem(self) -> str:
+        """Why states cannot be taken of what it trains (some of it lies where its engine cannot read it), or nothing:
+        a plan that writes states is refused then."""
+        return ""
+
     def configuration(self, placement: Placement) -> dict[str, Any]:
         """What it will do, as plain data for the plan (the DeepSpeed configuration), or {}."""
         return {}
@@ -242,6 +247,16 @@ moments). `values` is 1-d float32, on any device, and goes on changing with trai
 
 ReadFragment = Callable[[str, str, int, "torch.Tensor"], None]
 """`read(name, kind, start, into)` fills `into` (1-d float32, any device) with the elements from `start` on."""
+
+
+def on_gpu(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of those of the tensors that lie on a GPU, memory that several of them share counted once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 class Engine(ABC):
@@ -330,6 +345,11 @@ class Engine(ABC):
         """After `prepare`, before the first step: take masters, moments and counters from a state, whatever strategy
         and world size wrote it, reading no more than this rank holds. The weights that the model computes with follow
         the masters. All ranks call it."""
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's GPU by what they are: `weights`, `gradients`, `optimizer` (masters and moments); {}
+        before `prepare`. It explains an out-of-memory error, so it allocates nothing. Not collective."""
+        return {}
 
     @abstractmethod
     def finish(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, Problem, Problems
+from llmft_core.extensions import Strategy
 from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
 from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
@@ -75,7 +76,10 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     )
     accumulation = max(1, share // micro_batch)
     placement = Placement(world_size, device, precision, micro_batch, accumulation, plan.max_grad_norm)
-    problems += catalog.create("strategy", strategy).problems(placement)
+    chosen: Strategy = catalog.create("strategy", strategy)
+    problems += chosen.problems(placement)
+    if (reason := chosen.state_problem()) and (plan.state.every_steps or plan.state.every_minutes):
+        problems.append(Problem("state", f"{reason}: --state.every-minutes 0 writes none, for a run that cannot go on"))
     problems += capacity_problems(placed, cluster)
     if problems:
         raise Problems(problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,7 +100,7 @@ def make_ready(
         raise Problems(problems)
     model, tokenizer, data = material.model, material.tokenizer, material.data
     size = model.family.size(model.config)
-    placement = placed[1]
+    placement = replace(placed[1], hidden_size=hidden_size(model.config))
     order = Order.of(data.train, plan, mix_of(data))
     steps = _attempt(lambda: epoch_steps(order, plan, placement, asked), "global-batch", problems)
     if steps is None:
@@ -124,6 +124,13 @@ def make_ready(
         tokenizer=folder,
     )
     return Ready(plan, placement, cluster, catalog, places, data, model, size, job, first_epoch(order, plan, placement))
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Width of a model's hidden states by its config.json, of text where it knows other things too; 0: it does not
+    say."""
+    text = config.get("text_config") or config
+    return int(next((text[name] for name in ("hidden_size", "n_embd", "d_model") if text.get(name)), 0))
 
 
 @dataclass(frozen=True)

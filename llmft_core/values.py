@@ -94,6 +94,8 @@ class Placement:
     micro_batch: int
     accumulation: int
     max_grad_norm: float
+    hidden_size: int = 0
+    """Width of the model's hidden states, by which buffers are sized; 0: not known (yet)."""
 
     @property
     def global_batch(self) -> int:

@@ -277,7 +277,7 @@ def _add_flag(group: Any, path: str, field: Any, *, hidden: bool = False) -> Non
     default = default_text(field)
     text = (
         f"{field.description} [{default}]"
-        if default not in ("none", '""', "[]", "required")
+        if default not in ("none", '""', "[]", "{}", "required")
         else str(field.description)
     )
     settings: dict[str, Any] = {"dest": path, "default": argparse.SUPPRESS}

@@ -26,7 +26,8 @@ def optimizer_maker(
         others = [parameter for _, parameter, dimensions in trained if dimensions < 2]
         groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
         # Not fused in fp16: a fused step hides from accelerate that the gradient scaler skipped it.
-        fused = device == "cuda" and plan.precision != "fp16"
+        # On CPU, and where the optimizer is offloaded, fused is one pass over memory instead of a dozen.
+        fused = plan.precision != "fp16"
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.lr or 0.0, fused=fused)
 
     return make

@@ -19,6 +19,7 @@ from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.aside import put_aside
 from llmft_core.train.deterministic import deterministic_kernels
+from llmft_core.train.gpu_memory import measured, out_of_memory
 from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import AskedToStop, train
 from llmft_core.train.model import build_model
@@ -80,11 +81,8 @@ def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToSt
                 asked_to_stop,
             )
     except torch.OutOfMemoryError as error:
-        raise LlmftError(
-            f"out of GPU memory on {socket.gethostname()} ({str(error).splitlines()[0]}): lower --micro-batch "
-            f"(now {job.placement.micro_batch}) or --context-length ({plan.context_length}), add "
-            "--gradient-checkpointing, or spread the model with --strategy zero-3 over more --workers"
-        ) from error
+        said = str(error).splitlines()[0]
+        raise LlmftError(out_of_memory(plan, job.placement, measured(engine), socket.gethostname(), said)) from error
     finally:
         engine.finish()
 

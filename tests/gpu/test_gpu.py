@@ -137,6 +137,29 @@ def test_bf16_losses_agree_between_strategies(strategy: str, bf16: Callable[[str
     assert other.metrics[-1]["eval/loss"] == pytest.approx(one.metrics[-1]["eval/loss"], abs=BF16)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("strategy", "offload"),
+    [
+        ("zero-2", ("--strategy.offload-optimizer", "cpu")),
+        ("zero-3", ("--strategy.offload-optimizer", "cpu")),
+        ("zero-3", ("--strategy.offload-params", "cpu")),
+        ("zero-3", ("--strategy.offload", "all")),
+    ],
+)
+def test_offloading_frees_the_gpu_and_changes_nothing(
+    strategy: str, offload: tuple[str, str], precision: str, bf16: Callable[[str], Run], tmp_path: Path
+) -> None:
+    flags = (*BATCH, "--workers", "1", "--strategy", strategy, *offload, "--precision", precision)
+    done = run(tmp_path, *flags)
+    assert done.losses[0] == pytest.approx(bf16("ddp").losses[0], abs=BF16)
+    if precision == "bf16":
+        assert done.losses == pytest.approx(bf16(strategy).losses, abs=BF16)
+        assert done.peak < bf16(strategy).peak
+    resumed = llmft("verify-resume", *ROWS, *flags, "--deterministic", folder=tmp_path)
+    assert resumed.code == 0, resumed.err
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero-3"])
 def test_in_this_process_it_is_the_same_training(strategy: str, bf16: Callable[[str], Run], tmp_path: Path) -> None:
     """`--workers 0`: no Ray, and its own process group."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,8 +24,19 @@ from llmft_core import (
     StepOutcome,
     Strategy,
     hookimpl,
+    on_gpu,
 )
-from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, partition_again
+from llmft_plugins.strategies.zero_config import (
+    OPTIMIZER,
+    PARAMS,
+    ZeroOptions,
+    deepspeed_config,
+    offload_problems,
+    open_keys,
+    planned,
+)
+from llmft_plugins.strategies.zero_file import file_problems
+from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, masters_of, partition_again
 
 if TYPE_CHECKING:
     import torch
@@ -36,31 +48,25 @@ class Zero(Strategy):
     """What the two stages share."""
 
     stage: ClassVar[int]
+    options_type: ClassVar[type[ZeroOptions]] = ZeroOptions
+    options: ZeroOptions
 
     def problems(self, placement: Placement) -> list[Problem]:
+        found = offload_problems(self.options, self.stage, placement)
         if placement.device == "cpu" and placement.precision == "fp16":
-            return [Problem("precision", "fp16 is not among DeepSpeed's CPU types: use fp32 or bf16 on CPU")]
-        return []
+            found.append(Problem("precision", "fp16 is not among DeepSpeed's CPU types: use fp32 or bf16 on CPU"))
+        if self.options.config:
+            choose_accelerator(placement)
+            mine = planned(self.options, self.stage, placement)
+            found += file_problems(self.options.config, mine, placement, open_keys(self.options))
+        return found
+
+    def state_problem(self) -> str:
+        where = [self.options.device(section) for section in (OPTIMIZER, PARAMS)]
+        return "what DeepSpeed keeps on NVMe is not read back for states" if "nvme" in where else ""
 
     def configuration(self, placement: Placement) -> dict[str, Any]:
-        on_gpu = placement.device == "cuda"
-        # DeepSpeed's default buckets (5e8 elements, twice over with overlap) take gigabytes of a small GPU.
-        buckets = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
-        stage: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, **buckets}
-        # Without the check ZeRO-2 applies a bf16 step whose gradient is not finite.
-        precision: dict[str, Any] = {"bf16": {"enabled": placement.precision == "bf16", "check_grad_overflow": True}}
-        if placement.precision == "fp16":
-            precision["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
-        return {
-            "zero_optimization": stage,
-            **precision,
-            "train_micro_batch_size_per_gpu": placement.micro_batch,
-            "gradient_accumulation_steps": placement.accumulation,
-            "gradient_clipping": placement.max_grad_norm,
-            "zero_allow_untested_optimizer": True,  # torch's own AdamW: exact to resume, unlike DeepSpeedCPUAdam
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-        }
+        return deepspeed_config(self.options, self.stage, placement)
 
     def engine(self, placement: Placement, rank: int) -> Engine:
         return ZeroEngine(self.configuration(placement), placement, rank)
@@ -78,20 +84,29 @@ class Zero3(Zero):
     stage: ClassVar[int] = 3
 
 
+def choose_accelerator(placement: Placement) -> None:
+    """DeepSpeed looks for a GPU when it is first imported, and stays with what it found."""
+    if placement.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 class ZeroEngine(Engine):
     """One rank under DeepSpeed."""
 
     def __init__(self, configuration: dict[str, Any], placement: Placement, rank: int) -> None:
         self.placement, self.rank = placement, rank
-        self.stage: int = configuration["zero_optimization"]["stage"]
-        if placement.device == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
+        zero = configuration["zero_optimization"]
+        self.stage: int = zero["stage"]
+        self._offload = {section: zero.get(section, {}).get("device", "none") for section in (OPTIMIZER, PARAMS)}
+        choose_accelerator(placement)
         import deepspeed
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
         if placement.device == "cpu":
             # DeepSpeed would compile a shared-memory operator at start: a minute, and a compiler that may not be there.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "nvme" in self._offload.values():
+            check_nvme(zero)
         handlers = [InitProcessGroupKwargs(backend="gloo")] if placement.device == "cpu" else []
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=configuration, zero3_init_flag=self.stage == 3),
@@ -117,7 +132,8 @@ class ZeroEngine(Engine):
         return _without_broadcast() if self.stage == 3 else nullcontext()
 
     def filler(self) -> FillPartition | None:
-        return self._fill if self.stage == 3 else None
+        in_memory = self._offload[PARAMS] != "nvme"  # else a partition has left for the disk as soon as it is made
+        return self._fill if self.stage == 3 and in_memory else None
 
     def _fill(self, parameter: torch.nn.Parameter, read: ReadElements) -> None:
         """Rank r holds the elements [r·n, (r+1)·n) of `ds_numel` in `ds_tensor` (n,); the last ones are padded."""
@@ -246,6 +262,17 @@ class ZeroEngine(Engine):
         context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
         return context
 
+    def held_bytes(self) -> dict[str, int]:
+        if not hasattr(self, "_model"):
+            return {}
+        parameters = list(self.bare_model.parameters())
+        kept = [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]
+        masters = masters_of(self._zero, self.stage)
+        moments = [tensor for state in self._zero.optimizer.state.values() for tensor in state.values()]
+        gradients = [p.grad for p in parameters] + [master.grad for master in masters]
+        kinds = {"weights": kept, "gradients": gradients, "optimizer": [*masters, *moments]}
+        return {kind: on_gpu(tensors) for kind, tensors in kinds.items()}
+
     def finish(self) -> None:
         from accelerate.state import AcceleratorState
 
@@ -255,6 +282,21 @@ class ZeroEngine(Engine):
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own; a ddp run after this one would obey it
+
+
+def check_nvme(zero: Mapping[str, Any]) -> None:
+    """Raises LlmftError where this machine cannot offload to NVMe: DeepSpeed's own check, and the folder."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise LlmftError(
+            f"DeepSpeed's asynchronous I/O does not work on {socket.gethostname()} (no libaio, or no compiler): "
+            "install libaio-dev, or use cpu for --strategy.offload-optimizer and --strategy.offload-params"
+        )
+    for section in (OPTIMIZER, PARAMS):
+        path = zero.get(section, {}).get("nvme_path")
+        if path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
+            raise LlmftError(f"--strategy.nvme-path {path} is no folder that {socket.gethostname()} can write to")
 
 
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -31,14 +31,20 @@ def held(
         where = mapping.hp_fragment_address
         found = {kind: kept[kind].narrow(0, where.start, where.numel) for kind in kinds}
         return int(mapping.lp_fragment_address.start), {"master": mapping.get_hp_fragment(), **found}
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
     part: int = parameter.ds_tensor.numel()
     start = rank * part
     mine = max(0, min(part, parameter.ds_numel - start))  # the last ones are padded
-    found = {"master": safe_get_local_fp32_param(parameter)}
-    found |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in kinds}
+    # Not `safe_get_local_*`: of an offloaded optimizer they give copies on the GPU, and a restore would be lost.
+    group, first, _ = zero.grad_position[zero.get_param_id(parameter)]
+    flat = zero.fp32_partitioned_groups_flat[group]
+    found = {"master": flat.narrow(0, first, part)}
+    found |= {kind: zero.optimizer.state[flat][kind].narrow(0, first, part) for kind in kinds}
     return start, {kind: values.view(-1)[:mine] for kind, values in found.items()}
+
+
+def masters_of(zero: Any, stage: int) -> list[torch.Tensor]:
+    """This rank's masters, flat, group after group: what AdamW is given as its parameters."""
+    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
 
 
 def make_moments(zero: Any, stage: int, steps: float) -> None:
@@ -46,9 +52,8 @@ def make_moments(zero: Any, stage: int, steps: float) -> None:
     import torch
 
     adamw = zero.optimizer
-    flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     fused = adamw.param_groups[0]["fused"]
-    for master in flat:
+    for master in masters_of(zero, stage):
         counted = torch.tensor(steps, device=master.device if fused else "cpu")
         adamw.state[master] = {"step": counted, **{kind: torch.zeros_like(master) for kind in MOMENTS}}
 

@@ -1,0 +1,81 @@
+"""The out-of-memory error, with numbers as an 80 GB GPU gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmft_core import Placement, on_gpu
+from llmft_core.plan import RunPlan
+from llmft_core.train.gpu_memory import GpuMemory, out_of_memory, remedies
+
+GB = 10**9
+LLAMA_7B = {"weights": 27 * GB, "gradients": 27 * GB}  # ddp, fp32, before the first step
+
+
+def asked(strategy: Any, memory: GpuMemory, ranks: int = 8, micro_batch: int = 8, **settings: Any) -> list[str]:
+    plan = RunPlan.from_json({"strategy": strategy, "context-length": 512, **settings})
+    return remedies(plan, Placement(ranks, "cuda", plan.precision or "bf16", micro_batch, 1, 1.0), memory)
+
+
+def test_the_error_names_the_peak_what_held_it_and_three_flags() -> None:
+    plan = RunPlan.from_json({"strategy": "zero-3", "context-length": 512})
+    held = {"weights": 3_500_000_000, "gradients": 3_500_000_000, "optimizer": 21 * GB}
+    memory = GpuMemory(78 * GB, 79 * GB, 85 * GB, held)
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    error = out_of_memory(plan, Placement(4, "cuda", "bf16", 8, 1, 1.0), memory, "node-1", said)
+    assert error == (
+        "out of GPU memory on node-1 (CUDA out of memory. Tried to allocate 2.00 GiB): at the peak 78.0 GB were in use "
+        "and 79.0 GB reserved of 85.0 GB, held by weights 3.5 GB, gradients 3.5 GB, optimizer 21.0 GB, activations and "
+        "buffers 50.0 GB; what helps most: --micro-batch 1 (now 8); --gradient-checkpointing; "
+        "--strategy.offload-optimizer cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held", "settings", "expected"),
+    [
+        # A model that does not fit: it is spread, whatever its activations do.
+        ("ddp", LLAMA_7B, {}, ["--strategy zero-3", "--micro-batch 1 (now 8)", "--gradient-checkpointing"]),
+        (
+            "ddp",
+            LLAMA_7B,
+            {"ranks": 1, "micro_batch": 1, "gradient-checkpointing": True},
+            ["--strategy zero-3 --strategy.offload all", "a shorter --context-length (now 512)"],
+        ),
+        # While it is loaded nothing is known but its weights.
+        ("ddp", {"weights": 78 * GB}, {"ranks": 2}, ["--strategy zero-3", "a shorter --context-length (now 512)"]),
+        (
+            "zero-2",
+            {"weights": 14 * GB, "gradients": 4 * GB, "optimizer": 40 * GB},
+            {"gradient-checkpointing": True, "micro_batch": 1},
+            ["--strategy.offload-optimizer cpu", "--strategy zero-3", "a shorter --context-length (now 512)"],
+        ),
+        # What is offloaded already holds nothing on the GPU and is not proposed.
+        (
+            {"name": "zero-3", "offload": "all"},
+            {"weights": 0, "gradients": 0, "optimizer": 0},
+            {"precision": "fp32", "micro_batch": 2},
+            ["--gradient-checkpointing", "--micro-batch 1 (now 2)", "--precision bf16"],
+        ),
+        (
+            {"name": "zero-3", "offload": "all"},
+            {"weights": 0, "gradients": 0, "optimizer": 0},
+            {"gradient-checkpointing": True, "micro_batch": 1},
+            ["a shorter --context-length (now 512)"],
+        ),
+        ("somebodys", {}, {"gradient-checkpointing": True}, ["--micro-batch 1 (now 8)"]),
+    ],
+)
+def test_the_flags_are_those_that_free_most(
+    strategy: Any, held: dict[str, int], settings: dict[str, Any], expected: list[str]
+) -> None:
+    found = asked(strategy, GpuMemory(78 * GB, 79 * GB, 85 * GB, held), **settings)
+    assert found[: len(expected)] == expected
+    assert len(found) <= 3
+
+
+def test_a_cpus_tensors_are_not_counted() -> None:
+    assert on_gpu([torch.zeros(3), None]) == 0

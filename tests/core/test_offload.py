@@ -1,0 +1,50 @@
+"""Optimizer and weights in host memory: the same numbers, and as exact to resume. On CPU it is one memory, and yet
+DeepSpeed takes the ways of offloading; what only a GPU shows is in tests/gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+from resuming import TOTAL, VOCABULARY, train_on
+from tables import tiny_llama
+
+AT = TOTAL // 2
+# The smallest parameter is partitioned too, and the optimizer works through several groups of each kind.
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 4000}}
+CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
+    "zero-2": ({"name": "zero-2"}, {"name": "zero-2", "offload-optimizer": "cpu"}),
+    "zero-3": (
+        {"name": "zero-3"},
+        {"name": "zero-3", "offload": "all", "config": PARTITIONED},
+        {"name": "zero-3", "offload-params": "cpu"},
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", CHOICES)
+def test_offloading_changes_no_number_and_resumes_bit_for_bit(
+    stage: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    base = str(tiny_llama(tmp_path / "base", VOCABULARY))
+    plain, *offloaded = CHOICES[stage]
+    cases = [(plain, precision, base, 2, str(tmp_path / "plain"), 0)]
+    for number, choice in enumerate(offloaded):
+        cases += [(choice, precision, base, 2, str(tmp_path / f"run-{number}"), step) for step in (0, AT)]
+    answers = on_ranks(2, train_on, cases)
+    for reference, *found in answers:
+        for straight, resumed in zip(found[::2], found[1::2], strict=True):
+            assert straight["counters"] == resumed["counters"] == {"optimizer_steps": TOTAL}
+            assert straight["fragments"].keys() == resumed["fragments"].keys() == reference["fragments"].keys() != set()
+            for key, values in straight["fragments"].items():
+                assert np.array_equal(values, resumed["fragments"][key]), key
+                assert values == pytest.approx(reference["fragments"][key], rel=1e-4, abs=1e-6), key
+    reference, *found = answers[0]
+    for straight, resumed in zip(found[::2], found[1::2], strict=True):
+        assert resumed["loss"] == straight["loss"][AT:]
+        assert straight["loss"] == pytest.approx(reference["loss"], rel=1e-6)
