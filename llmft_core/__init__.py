@@ -20,9 +20,10 @@ from llmft_core.extensions import (
     VerifiedUploads,
 )
 from llmft_core.hookspecs import hookimpl
-from llmft_core.options import Options
+from llmft_core.options import Options, comma_separated
 from llmft_core.values import (
     IGNORED_LABEL,
+    Adapter,
     Conversation,
     EncodedExample,
     Message,
@@ -31,12 +32,14 @@ from llmft_core.values import (
     Placement,
     Role,
     RowProblem,
+    Setting,
     StepOutcome,
 )
 
 __all__ = [
     "API_VERSION",
     "IGNORED_LABEL",
+    "Adapter",
     "ChangedMeanwhile",
     "Conversation",
     "DatasetFormat",
@@ -60,6 +63,7 @@ __all__ = [
     "ReadFragment",
     "Role",
     "RowProblem",
+    "Setting",
     "SourceOptions",
     "Split",
     "StepOutcome",
@@ -67,5 +71,6 @@ __all__ = [
     "Strategy",
     "Tracker",
     "VerifiedUploads",
+    "comma_separated",
     "hookimpl",
 ]
