@@ -93,7 +93,9 @@ def make_ready(
         setting = setting_of(plan, placed[1], special_ids, catalog)
         size = model.family.size(model.config)
         vocabulary = 0 if tokenizer is None else len(tokenizer)
-        share = _attempt(lambda: share_of(plan, catalog, model, size, vocabulary, setting), "", found)
+        method: Method = catalog.create("method", plan.method)
+        found += method.problems(setting)
+        share = _attempt(lambda: share_of(method, model, size, vocabulary, setting), "", found)
         if share is not None:
             shares.append(share)
             if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
@@ -133,13 +135,8 @@ def make_ready(
     return Ready(plan, placement, cluster, catalog, places, data, model, size, shares[0], job, first)
 
 
-def share_of(
-    plan: RunPlan, catalog: Catalog, model: ModelFolder, size: ModelSize, vocabulary: int, setting: Setting
-) -> Share:
-    """How much of the model the plan's method trains. Raises Problems, InputError: it cannot."""
-    method: Method = catalog.create("method", plan.method)
-    if problems := method.problems(setting):
-        raise Problems(problems)
+def share_of(method: Method, model: ModelFolder, size: ModelSize, vocabulary: int, setting: Setting) -> Share:
+    """How much of the model the method trains. Raises InputError where its options do not fit the model."""
     return trial(method, model.path, vocabulary, setting) if method.freezes else Share(size.parameters, adapter=False)
 
 

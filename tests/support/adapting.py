@@ -12,6 +12,7 @@ from training import Recorder
 from llmft_core.plan import RunPlan
 from llmft_core.train.job import Job, Resume
 from llmft_core.values import Placement
+from llmft_core.weights.files import identity
 
 ROWS, VOCABULARY, SPECIAL_IDS, GLOBAL_BATCH = 14, 101, (97, 98, 99, 100), 4  # the model has 97 rows
 EPOCH_STEPS = (4, 4, 4)
@@ -37,7 +38,7 @@ def job_for(strategy: str, precision: str, world_size: int, base: str, method: d
     )
     placement = Placement(world_size, "cpu", precision, 1, GLOBAL_BATCH // world_size, plan.max_grad_norm)  # type: ignore[arg-type]
     tokenizer = Path(base) / "tokenizer"
-    provenance = {"plan": plan.to_json(), "model": "a digest"}
+    provenance = {"plan": plan.to_json(), "model": identity(Path(base))}
     return Job(
         plan,
         placement,

@@ -7,6 +7,7 @@ Finetuning of Quantized LLMs" (4-bit weights, and adapters on all linear layers)
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,9 @@ class Lora(Method):
         from peft import PeftModel
 
         try:
-            adapted = PeftModel.from_pretrained(model, folder)
+            with warnings.catch_warnings():  # peft 0.21 calls what transformers 5.23 has renamed
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                adapted = PeftModel.from_pretrained(model, folder)
             merged: torch.nn.Module = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
