@@ -24,6 +24,7 @@ from llmft_core.hookspecs import hookimpl
 from llmft_core.options import Options, comma_separated
 from llmft_core.values import (
     IGNORED_LABEL,
+    Adapter,
     Conversation,
     EncodedExample,
     Message,
@@ -32,12 +33,14 @@ from llmft_core.values import (
     Placement,
     Role,
     RowProblem,
+    Setting,
     StepOutcome,
 )
 
 __all__ = [
     "API_VERSION",
     "IGNORED_LABEL",
+    "Adapter",
     "ChangedMeanwhile",
     "Conversation",
     "DatasetFormat",
@@ -61,6 +64,7 @@ __all__ = [
     "ReadFragment",
     "Role",
     "RowProblem",
+    "Setting",
     "SourceOptions",
     "Split",
     "StepOutcome",

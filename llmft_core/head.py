@@ -27,7 +27,7 @@ def head(ready: Ready) -> list[tuple[str, str]]:
         (
             "model",
             f"{plan.model.name} ({ready.model.family.name}), {words.count(ready.size.parameters)} parameters, "
-            f"{placement.precision}, method {plan.method['name']}",
+            f"{placement.precision}, method {plan.method['name']}{trained_text(ready)}",
         ),
         (
             "workers",
@@ -54,10 +54,19 @@ def head(ready: Ready) -> list[tuple[str, str]]:
         ),
         (
             "writes",
-            f"{(ready.places.runs() / plan.name).uri}: checkpoints of {words.size(ready.checkpoint_bytes)}",
+            f"{(ready.places.runs() / plan.name).uri}: {'adapters' if ready.share.adapter else 'checkpoints'} of "
+            f"{words.size(ready.checkpoint_bytes)}",
         ),
     ]
     return lines
+
+
+def trained_text(ready: Ready) -> str:
+    """What is trained, where that is not everything."""
+    if ready.share.trained >= ready.size.parameters and not ready.share.adapter:
+        return ""
+    share = ready.share.trained / ready.size.parameters
+    return f": {words.count(ready.share.trained)} trained ({words.share(share)}), the model itself frozen"
 
 
 def rows_text(split: SplitReport, context_length: int) -> str:

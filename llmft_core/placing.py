@@ -9,7 +9,7 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, Problem, Problems
-from llmft_core.extensions import Strategy
+from llmft_core.extensions import Method, Strategy
 from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
 from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
@@ -58,7 +58,9 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
             )
         )
     family = family_of_name(plan.model.name, catalog)
-    rate = plan.lr or (family.learning_rate(plan.model.name) if family else DEFAULT_LEARNING_RATE)
+    method: Method = catalog.create("method", plan.method)
+    usual = family.learning_rate(plan.model.name) if family else DEFAULT_LEARNING_RATE
+    rate = plan.lr or usual * method.learning_rate_factor
     placed = plan.model_copy(
         update={
             "name": plan.name or default_name(plan),

@@ -164,7 +164,7 @@ class RunPlan(Options):
     )
     max_steps: Positive | None = Field(None, description="end after so many optimizer steps, if the epochs do not")
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak learning rate; default: the model family's"
+        None, description="peak learning rate; default: the model family's, times ten for lora"
     )
     warmup_steps: NotNegative = Field(0, description="optimizer steps over which the rate rises linearly to its peak")
     schedule: Literal["linear", "cosine", "constant"] = Field(

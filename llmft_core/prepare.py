@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from llmft_core.data.prepare import PreparedData, prepare
 from llmft_core.data.sources import SplitSource
 from llmft_core.data.steps import FirstEpoch, epoch_steps, first_epoch, total_steps
 from llmft_core.errors import InputError, Problem, Problems
-from llmft_core.extensions import DatasetFormat
+from llmft_core.extensions import DatasetFormat, Method
 from llmft_core.placing import place
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import (
@@ -32,7 +32,8 @@ from llmft_core.preflight import (
 from llmft_core.storage.places import Places
 from llmft_core.train.cluster import Cluster, survey
 from llmft_core.train.job import Job
-from llmft_core.values import Conversation, ModelSize, Placement, RowProblem
+from llmft_core.train.method import Share, setting_of, trial
+from llmft_core.values import Conversation, ModelSize, Placement, RowProblem, Setting
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.stage import ModelFolder, stage_model
 from llmft_core.weights.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenizer_folder
@@ -54,6 +55,7 @@ class Ready:
     data: PreparedData
     model: ModelFolder
     size: ModelSize
+    share: Share
     job: Job
     first_epoch: FirstEpoch
 
@@ -65,7 +67,7 @@ class Ready:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of the weights of one checkpoint."""
-        return self.size.parameters * BYTES_OF[written_type(self.plan)]
+        return checkpoint_bytes(self.plan, self.size, self.share)
 
 
 def make_ready(
@@ -89,10 +91,22 @@ def make_ready(
         why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"
         problems.append(Problem("data.engine", why))
 
-    def model_problems(model: ModelFolder) -> list[Problem]:
+    shares: list[Share] = []
+
+    def model_problems(model: ModelFolder, tokenizer: Any, special_ids: tuple[int, ...]) -> list[Problem]:
         found = context_problems(plan, model.config)
-        if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
-            found += disk_problems(model.family.size(model.config).parameters * BYTES_OF[written_type(plan)])
+        if placed is None:
+            return found
+        setting = setting_of(plan, placed[1], special_ids, catalog)
+        size = model.family.size(model.config)
+        vocabulary = 0 if tokenizer is None else len(tokenizer)
+        method: Method = catalog.create("method", plan.method)
+        found += method.problems(setting)
+        share = _attempt(lambda: share_of(method, model, size, vocabulary, setting), "", found)
+        if share is not None:
+            shares.append(share)
+            if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+                found += disk_problems(checkpoint_bytes(plan, size, share))
         return found
 
     material = _attempt(lambda: prepare_data(plan, catalog, places, say=say, check=model_problems), "", problems)
@@ -122,8 +136,22 @@ def make_ready(
         model=model.path,
         data=data.folder,
         tokenizer=folder,
+        special_ids=material.special_ids,
     )
-    return Ready(plan, placement, cluster, catalog, places, data, model, size, job, first_epoch(order, plan, placement))
+    first = first_epoch(order, plan, placement)
+    return Ready(plan, placement, cluster, catalog, places, data, model, size, shares[0], job, first)
+
+
+def share_of(method: Method, model: ModelFolder, size: ModelSize, vocabulary: int, setting: Setting) -> Share:
+    """How much of the model the method trains. Raises InputError where its options do not fit the model."""
+    return trial(method, model.path, vocabulary, setting) if method.freezes else Share(size.parameters, adapter=False)
+
+
+def checkpoint_bytes(plan: RunPlan, size: ModelSize, share: Share) -> int:
+    """Bytes of the weights of one checkpoint: of the model, or of an adapter, which is written in fp32."""
+    if share.adapter:
+        return share.trained * BYTES_OF["fp32"]
+    return size.parameters * BYTES_OF[written_type(plan)]
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
@@ -147,6 +175,8 @@ class Material:
     stop_tokens: tuple[str, ...]
     """What ends an answer."""
     data: PreparedData
+    special_ids: tuple[int, ...]
+    """As `Setting.special_ids`."""
 
 
 def prepare_data(
@@ -155,10 +185,11 @@ def prepare_data(
     places: Places,
     *,
     say: Callable[[str], None],
-    check: Callable[[ModelFolder], list[Problem]] = lambda model: [],
+    check: Callable[[ModelFolder, Any, tuple[int, ...]], list[Problem]] = lambda model, tokenizer, special_ids: [],
 ) -> Material:
     """The rows of a plan as token tables, from this machine's cache where they are in it. Needs no cluster, no weights
-    and no storage of the run. `check`: what else is wrong with the model, to be reported together with the rows.
+    and no storage of the run. `check`: what else is wrong with the model, its tokenizer (or None) and the ids of its
+    special tokens, to be reported together with the rows.
 
     Raises Problems: model, tokenizer, `check`, sources and rows together.
     """
@@ -173,7 +204,8 @@ def prepare_data(
             "model.tokenizer",
             problems,
         )
-        problems += check(model)
+        special_ids = special_ids_of(tokenizer, special_tokens, model.config) if tokenizer is not None else ()
+        problems += check(model, tokenizer, special_ids)
     if opened is None or model is None or tokenizer is None:
         raise Problems(problems)
     dataset, sources = opened
@@ -186,7 +218,16 @@ def prepare_data(
     if data is None or problems:
         raise Problems(problems)
     tokenizer.chat_template, stop_tokens = prompting(dataset, sources["train"], data, tokenizer, template, plan)
-    return Material(dataset, model, tokenizer, print_, stop_tokens, data)
+    return Material(dataset, model, tokenizer, print_, stop_tokens, data, special_ids)
+
+
+def special_ids_of(tokenizer: Any, special_tokens: Sequence[str], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids of a dataset's special tokens, but for those that every text has (bos, eos), and of all that the model of
+    `config` has no row for yet."""
+    usual = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    named = {int(tokenizer.convert_tokens_to_ids(token)) for token in special_tokens} - usual
+    rows = config.get("text_config", config).get("vocab_size", 0)
+    return tuple(sorted({*named, *range(rows, len(tokenizer))}))
 
 
 def written_type(plan: RunPlan) -> str:
@@ -246,7 +287,17 @@ def provenance(catalog: Catalog, plan: RunPlan, data: PreparedData, model: str, 
 def library_versions() -> Mapping[str, str]:
     """Versions of what decides the numbers."""
     found = {}
-    for name in ("llmft", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "ray", "safetensors"):
+    for name in (
+        "llmft",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "deepspeed",
+        "peft",
+        "ray",
+        "safetensors",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -169,7 +169,7 @@ def follow(
     folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))
     trackers = Trackers(tracker_list(ready), view.warn)
     keeper = Keeper(folder, target, view.warn)
-    outcome = Outcome(ready.plan.storage)
+    outcome = Outcome(ready.plan.storage, adapter=ready.share.adapter)
     started = time.monotonic()
 
     def on_event(event: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["cpu", "cuda"]
@@ -101,6 +102,31 @@ class Placement:
     def global_batch(self) -> int:
         """Rows in one optimizer step."""
         return self.world_size * self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a training method is told of the run beside the model; equal on all ranks."""
+
+    placement: Placement
+    partitioned: bool
+    """Whether a rank holds only a part of each weight (`Strategy.partitions_weights`)."""
+    special_ids: tuple[int, ...]
+    """Token ids whose embeddings have to be trained: those of the dataset's special tokens, and all that the
+    model had no row for."""
+    seed: int
+    base: str
+    """What others find the base model by: its hub id, else its folder, URI or short name."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a checkpoint holds in the place of a whole model."""
+
+    tensors: Mapping[str, str]
+    """Trained parameter of the model → its name in `adapter_model.safetensors`."""
+    config: Mapping[str, Any]
+    """`adapter_config.json`."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmft_core.checkpoint.adapter import AdapterStart, digest_of, write_adapter_config
 from llmft_core.checkpoint.snapshot import Layout
 from llmft_core.errors import LlmftError
 
@@ -39,7 +40,7 @@ class WeightWriter:
 
     def __init__(self, layout: Layout, base: Path, folder: Path) -> None:
         self._layout, self._folder = layout, folder
-        self._comparison = Comparison(base)
+        self._comparison = Comparison(base) if layout.adapter is None else SinceStart(layout.adapter)
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def write(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -73,7 +74,11 @@ def write_rest(layout: Layout, tokenizer: Path, stop_ids: tuple[int, ...], folde
         weight_map |= dict.fromkeys(layout.buffers, layout.shards[0].file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_configuration(layout, folder, stop_ids)
+    if layout.adapter is None:
+        write_configuration(layout, folder)
+    else:
+        write_adapter_config(layout.adapter.adapter, folder)
+    write_generation_config(layout, folder, stop_ids)
     for source in sorted(tokenizer.iterdir()):
         shutil.copyfile(source, folder / source.name)
 
@@ -96,8 +101,7 @@ class Comparison:
         """Count whether a trained tensor moved. Raises LlmftError if it holds NaN or infinity."""
         import torch
 
-        if not bool(torch.isfinite(tensor).all()):
-            raise LlmftError(f"{name} holds NaN or infinity after training: nothing is published; lower --lr and rerun")
+        check_finite(name, tensor)
         if not trained:
             return
         # Some base files leave out the module's own prefix (GPT-2: `h.0…` for `transformer.h.0…`).
@@ -113,16 +117,44 @@ class Comparison:
             self.unchanged.append(name)
 
 
-def write_configuration(layout: Layout, folder: Path, stop_ids: tuple[int, ...]) -> None:
-    """config.json and generation_config.json; the latter ends an answer at the closing token that was trained."""
-    from transformers import GenerationConfig
+class SinceStart:
+    """Holds an adapter's tensors, all of them trained, against what they were before the first step."""
 
+    def __init__(self, start: AdapterStart) -> None:
+        self.start = start
+        self.changed = 0
+        self.unchanged: list[str] = []
+        self.unknown: tuple[str, ...] = ()
+
+    def look_at(self, name: str, tensor: torch.Tensor, trained: bool) -> None:
+        """As `Comparison.look_at`."""
+        check_finite(name, tensor)
+        if digest_of(tensor) != self.start.digests[name]:
+            self.changed += 1
+        else:
+            self.unchanged.append(name)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises LlmftError if a tensor holds NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise LlmftError(f"{name} holds NaN or infinity after training: nothing is published; lower --lr and rerun")
+
+
+def write_configuration(layout: Layout, folder: Path) -> None:
+    """config.json."""
     layout.config.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["dtype"] = config["torch_dtype"] = str(layout.dtype).removeprefix("torch.")  # the latter: transformers 4
     config["use_cache"] = True
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_generation_config(layout: Layout, folder: Path, stop_ids: tuple[int, ...]) -> None:
+    """generation_config.json, which ends an answer at the closing token that was trained."""
+    from transformers import GenerationConfig
+
     generation = layout.generation_config or GenerationConfig()
     old = generation.eos_token_id
     known = [] if old is None else [old] if isinstance(old, int) else list(old)

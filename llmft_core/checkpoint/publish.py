@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmft_core.checkpoint.adapter import is_adapter, verify_adapter
 from llmft_core.checkpoint.export import Exported, exported_from_json, exported_to_json, judge
 from llmft_core.checkpoint.together import Said, assemble, send_part
 from llmft_core.errors import LlmftError
@@ -87,15 +88,26 @@ def verify_weights(folder: Path, exported: Exported) -> None:
 
 
 def verify_folder(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold configuration and tokenizer against the whole model. Raises LlmftError."""
+    """Hold configuration and tokenizer against the whole model, or the adapter. Raises LlmftError."""
+    if is_adapter(folder):
+        verify_adapter(folder, shapes)
+        check_tokenizer(folder, shapes)
+        return
     config = json.loads((folder / "config.json").read_text())
     text_config = config.get("text_config", config)
     embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
     if embeddings and embeddings[0][0] != text_config.get("vocab_size"):
         raise LlmftError(f"config.json says vocab_size {text_config.get('vocab_size')}, embeddings {embeddings[0][0]}")
+    check_tokenizer(folder, shapes)
+
+
+def check_tokenizer(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The files that are in every checkpoint are there, and embeddings that are in it have a row for each token.
+    Raises LlmftError."""
     for needed in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if not (folder / needed).is_file():
             raise LlmftError(f"{needed} is missing in the exported folder")
+    embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
     entries = _tokenizer_entries(folder)
     if embeddings and entries > embeddings[0][0]:
         raise LlmftError(f"the tokenizer has {entries} entries, the embeddings {embeddings[0][0]}")

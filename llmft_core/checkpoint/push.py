@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmft_core.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FILE, is_adapter
 from llmft_core.checkpoint.publish import MARKER, verify_folder
 from llmft_core.checkpoint.staging import PARTIAL
 from llmft_core.checkpoint.stored import read_manifest, verify_stored
@@ -129,10 +130,14 @@ def whole_model(folder: Path) -> dict[str, tuple[int, ...]]:
                     held[tensor] = name
         except (SafetensorError, OSError) as error:
             raise LlmftError(f"{folder / name} is damaged ({error}): nothing was uploaded") from None
-    lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    own = (ADAPTER_CONFIG, ADAPTER_FILE) if is_adapter(folder) else ("config.json",)
+    lacking = [name for name in (*own, "tokenizer.json") if not (folder / name).is_file()]
     if not weights:
         lacking.append("*.safetensors")
-    if (folder / INDEX).is_file():
+    if is_adapter(folder):
+        if weights not in ([], [ADAPTER_FILE]):
+            raise InputError(f"{folder} holds an adapter and other weights ({', '.join(weights)}): keep one of the two")
+    elif (folder / INDEX).is_file():
         try:
             wanted = json.loads((folder / INDEX).read_text())["weight_map"]
             lacking += sorted({*wanted.values()} - {*weights})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmft_core.checkpoint.adapter import ADAPTER_FILE, AdapterStart, gather_adapter
 from llmft_core.checkpoint.shards import MAX_SHARD, Shard, divide
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Layout:
     config: Any
     """The model's configuration objects of transformers, which are written as JSON."""
     generation_config: Any
+    adapter: AdapterStart | None = None
+    """Where the checkpoint is an adapter: its tensors, alone."""
 
     @property
     def writers(self) -> int:
@@ -45,8 +48,12 @@ class Layout:
         return sum(math.prod(self.shapes[name]) * self.dtype.itemsize for name in names)
 
 
-def lay_out(engine: Engine, plan: RunPlan, world_size: int, max_shard: int = MAX_SHARD) -> Layout:
-    """Divide the model into files and the files among the ranks."""
+def lay_out(
+    engine: Engine, plan: RunPlan, world_size: int, max_shard: int = MAX_SHARD, start: AdapterStart | None = None
+) -> Layout:
+    """Divide the model, or the adapter, into files and the files among the ranks."""
+    if start is not None:
+        return adapter_layout(engine, start)
     dtype, model, shapes = written_dtype(plan), engine.bare_model, engine.shapes()
     buffers = persistent_buffers(model)
     return Layout(
@@ -60,14 +67,35 @@ def lay_out(engine: Engine, plan: RunPlan, world_size: int, max_shard: int = MAX
     )
 
 
+def adapter_layout(engine: Engine, start: AdapterStart) -> Layout:
+    """PEFT's: one file, by rank 0, in fp32, which an adapter is small enough for."""
+    import torch
+
+    shapes = engine.shapes()
+    own = {name: shapes[parameter] for parameter, name in start.adapter.tensors.items()}
+    return Layout(
+        shards=[Shard(ADAPTER_FILE, tuple(own), writer=0)],
+        shapes=own,
+        buffers=frozenset(),
+        dtype=torch.float32,
+        trained=frozenset(own),
+        config=engine.bare_model.config,
+        generation_config=getattr(engine.bare_model, "generation_config", None),
+        adapter=start,
+    )
+
+
 def gather(engine: Engine, layout: Layout, rank: int, keep: Keep) -> None:
     """Gather the weights file by file, each on the rank that writes it, which hands it to `keep`. Collective: the
     others wait while a rank keeps a file."""
     for shard in layout.shards:
-        tensors = engine.gathered(shard.names, layout.dtype, rank=shard.writer)
+        if layout.adapter is not None:
+            tensors = gather_adapter(engine, layout.adapter.adapter, shard.writer)
+        else:
+            tensors = engine.gathered(shard.names, layout.dtype, rank=shard.writer)
         if rank != shard.writer:
             continue
-        if shard is layout.shards[0]:
+        if layout.buffers and shard is layout.shards[0]:
             buffers = persistent_buffers(engine.bare_model)
             tensors |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
         keep(shard.file, tensors)

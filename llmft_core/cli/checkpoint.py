@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmft_core.cli import checkpoint_write
 from llmft_core.cli.describe import print_table
 from llmft_core.cli.flags import Parser
-from llmft_core.cli.reach import reach
+from llmft_core.cli.reach import add_base_flag, reach_more
 from llmft_core.errors import InputError, LlmftError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ ACTIONS = {
     "verify": "read every byte of a checkpoint and hold it against its manifest",
     "pull": "fetch a checkpoint into a new folder, verified",
     "push": "upload a local folder (pulled, or kept by a run whose upload failed) as a complete checkpoint",
+    "merge": "write an adapter and its base model as one whole checkpoint, to serve without peft",
     "prune": "remove checkpoints of a finished run, but the newest and the best",
 }
 
@@ -40,12 +41,14 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="for `pull` the new local folder, for `push` a folder in storage"
     )
+    parser.add_argument("--out", metavar="FOLDER-OR-URI", help="for `merge`: where the whole checkpoint goes")
+    add_base_flag(parser, "for `merge`: ")
     parser.add_argument("--json", action="store_true", help="for `list` and `show`: print JSON and nothing else")
     checkpoint_write.add_flags(parser)
-    reached = reach(parser, argv, environ, folder, check_flags)
+    reached = reach_more(parser, argv, environ, folder, check_flags)
     if reached is None:
         return 0
-    own, places = reached
+    own, places = reached.own, reached.places
     place = places.place(own.place)
     if own.action == "list":
         return show_list(place, own)
@@ -54,6 +57,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
         return 0
     if own.action == "prune":
         checkpoint_write.prune(own, place)
+        return 0
+    if own.action == "merge":
+        checkpoint_write.merge(reached, place)
         return 0
     from llmft_core.checkpoint.stored import pull, read_manifest, verify_stored
     from llmft_core.report import words
@@ -80,6 +86,10 @@ def check_flags(own: argparse.Namespace) -> None:
         raise InputError(f"{PROG} {own.action} needs a folder or URI")
     if own.action == "push" and (not own.target or "://" in own.place):
         raise InputError(f"{PROG} push FOLDER TARGET: push needs a local folder, and where in storage it goes")
+    if (own.action == "merge") != bool(own.out):
+        raise InputError(f"{PROG} merge CHECKPOINT --out FOLDER-OR-URI: merge needs --out, the others take none")
+    if own.base and own.action != "merge":
+        raise InputError(f"--base belongs to `{PROG} merge`, not to {own.action}")
     if own.action != "push" and (own.action == "pull") != bool(own.target):
         raise InputError(f"{PROG} pull CHECKPOINT FOLDER: pull needs a new folder, the others but push take none")
     checkpoint_write.check_flags(own)

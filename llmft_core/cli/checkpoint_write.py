@@ -1,4 +1,4 @@
-"""`llmft checkpoint push` and `prune`: the actions that change what lies in storage."""
+"""`llmft checkpoint push`, `merge` and `prune`: the actions that change what lies in storage."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from llmft_core.cli.describe import print_table
 from llmft_core.errors import InputError
 
 if TYPE_CHECKING:
+    from llmft_core.cli.reach import Reached
     from llmft_core.storage.places import Place
 
 
@@ -69,6 +70,24 @@ def push(own: argparse.Namespace, folder: Place, target: Place) -> None:
     print(f"{target.uri}: {words.size(pushed.bytes)}, complete and verified{continued}; {own.place} is kept")
     if not NAME.fullmatch(target.name):
         print(f"note: `list` and `prune` see only folders named checkpoint_00000 and so on, not {target.name}")
+
+
+def merge(reached: Reached, place: Place) -> None:
+    """Write an adapter and its base as a whole checkpoint, and say where it is. Raises InputError where there is no
+    adapter."""
+    from llmft_core.merge import adapted, base_of, merge
+    from llmft_core.report import words
+
+    own = reached.own
+    adapter = adapted(place)
+    if adapter is None:
+        raise InputError(f"{place.uri} holds a whole model already: there is nothing to merge")
+    base = base_of(
+        adapter, reached.plan(own.base or adapter.plan.model.name), own.base, reached.catalog, reached.places
+    )
+    target = reached.places.place(own.out)
+    size = merge(adapter, base, target, reached.catalog)
+    print(f"{target.uri}: {words.size(size)}, complete and verified: {place.uri} in the weights of {base.path}")
 
 
 def prune(own: argparse.Namespace, run: Place) -> None:

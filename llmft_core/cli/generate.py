@@ -8,11 +8,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmft_core.cli.flags import Parser
-from llmft_core.cli.reach import reach
+from llmft_core.cli.reach import Reached, add_base_flag, reach_more
 from llmft_core.errors import InputError
+
+if TYPE_CHECKING:
+    from llmft_core.merge import Adapted
 
 PROG = "llmft generate"
 
@@ -30,22 +33,42 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token always [0]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling [0]")
     parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
-    reached = reach(parser, argv, environ, folder, check_flags)
+    add_base_flag(parser, "where CHECKPOINT is an adapter: ")
+    reached = reach_more(parser, argv, environ, folder, check_flags)
     if reached is None:
         return 0
-    own, places = reached
-    from llmft_core.checkpoint.stored import pull, read_manifest
+    own = reached.own
+    from llmft_core.checkpoint.stored import pull
+    from llmft_core.merge import adapted
 
-    place = places.place(own.checkpoint)
-    read_manifest(place)  # refuses what is not complete
+    place = reached.places.place(own.checkpoint)
+    adapter = adapted(place)  # refuses what is not complete
     local = Path(own.checkpoint)
     if local.is_dir():
-        print(answer(local, own))
+        print(answer(local, load(local, adapter, reached), own))
         return 0
     with tempfile.TemporaryDirectory(prefix="llmft-generate-") as scratch:
-        pull(place, Path(scratch) / "checkpoint")
-        print(answer(Path(scratch) / "checkpoint", own))
+        fetched = Path(scratch) / "checkpoint"
+        pull(place, fetched)
+        print(answer(fetched, load(fetched, adapter, reached), own))
     return 0
+
+
+def load(folder: Path, adapter: Adapted | None, reached: Reached) -> Any:
+    """The model of a checkpoint, or of an adapter and its base. Raises InputError where there is no base."""
+    from transformers import AutoModelForCausalLM
+
+    named = reached.own.base
+    if adapter is None:
+        if named:
+            raise InputError(f"--base {named}: {reached.own.checkpoint} is a whole model, not an adapter")
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    from llmft_core.checkpoint.snapshot import written_dtype
+    from llmft_core.merge import base_of, merged_model
+
+    plan = reached.plan(named or adapter.plan.model.name)
+    base = base_of(adapter, plan, named, reached.catalog, reached.places)
+    return merged_model(folder, adapter, base.path, reached.catalog, written_dtype(adapter.plan))
 
 
 def check_flags(own: argparse.Namespace) -> None:
@@ -56,13 +79,12 @@ def check_flags(own: argparse.Namespace) -> None:
         raise InputError("--max-new-tokens is at least 1 and --temperature a number of at least 0")
 
 
-def answer(folder: Path, args: argparse.Namespace) -> str:
+def answer(folder: Path, model: Any, args: argparse.Namespace) -> str:
     """The model's answer to one prompt, its special tokens left out."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     if tokenizer.chat_template and not args.raw:

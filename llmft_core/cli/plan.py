@@ -46,6 +46,10 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
             "first_epoch": asdict(ready.first_epoch),
             "learning_rates": rates(ready),
             "rows": {name: asdict(split) for name, split in ready.data.report.splits.items()},
+            "parameters": {
+                "trained": ready.share.trained,
+                "frozen": ready.size.parameters if ready.share.adapter else ready.size.parameters - ready.share.trained,
+            },
             "checkpoint_bytes": ready.checkpoint_bytes,
             "writes": (ready.places.runs() / ready.plan.name).uri,
             "warnings": warnings(ready),

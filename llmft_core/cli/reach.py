@@ -39,6 +39,16 @@ class Reached:
         return resolve([*only, Layer("flags", {"model": {"name": model}})], self.catalog)
 
 
+def add_base_flag(parser: Parser, prefix: str = "") -> None:
+    """`--base`, for commands that read adapters."""
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="MODEL",
+        help=f"{prefix}the adapter's base model: name, hub id, folder or URI [as its run named it]",
+    )
+
+
 def reach(
     parser: Parser,
     argv: Sequence[str],

@@ -37,6 +37,8 @@ class Outcome:
     """Seconds of each optimizer step, by whether a checkpoint was being published meanwhile."""
     lately: list[tuple[int, float]] = field(default_factory=list)
     """(optimizer steps done, seconds) of each step since the last state: what a failure now would cost."""
+    adapter: bool = False
+    """Whether the checkpoints are adapters."""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -61,6 +63,10 @@ def summary(outcome: Outcome) -> list[str]:
     question = "Tom has 3 apples and buys 4 more. How many apples does he have now?"
     reach = access_flags(outcome.storage)
     command = ["llmft", "generate", *reach, uri, question]
+    if outcome.adapter:
+        whole = shlex.join(["llmft", "checkpoint", "merge", *reach, uri, "--out", f"{uri}-merged"])
+        merging = [f"merge it: {whole}"]
+        return [*lines, f"last adapter: {uri}", "", f"ask it:   {shlex.join(command)}", *merging]
     folder, fetch = uri, []
     if "://" in uri:
         folder = f"./{uri.rpartition('/')[2]}"

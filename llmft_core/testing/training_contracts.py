@@ -14,8 +14,8 @@ import pytest
 from llmft_core.errors import Problem
 from llmft_core.extensions import Method, ModelFamily, Strategy, Tracker
 from llmft_core.testing.contracts import ExtensionContract
-from llmft_core.testing.engines import check_filling, check_refusals
-from llmft_core.values import ModelSize, Placement
+from llmft_core.testing.engines import SIZES, check_filling, check_refusals
+from llmft_core.values import ModelSize, Placement, Setting
 
 
 class StrategyContract(ExtensionContract):
@@ -78,17 +78,56 @@ class MethodContract(ExtensionContract):
 
     @pytest.fixture
     def model(self) -> Any:
-        """A model that arrives frozen."""
+        """A tiny Llama that arrives frozen."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig(**SIZES)).requires_grad_(False)
+
+    @pytest.fixture
+    def setting(self) -> Setting:
+        """One rank on CPU; two special tokens."""
+        placement = Placement(1, "cpu", "fp32", micro_batch=2, accumulation=1, max_grad_norm=1.0)
+        return Setting(placement, partitioned=False, special_ids=(9, 10), seed=3, base="owner/model")
+
+    def test_problems_say_what_to_change(self, extension: Method, setting: Setting) -> None:
+        for problem in extension.problems(setting):
+            assert problem.path.startswith("method")
+            assert problem.reason
+            assert "\n" not in problem.reason
+
+    def test_something_is_trained(self, extension: Method, model: Any, setting: Setting) -> None:
         from torch import nn
 
-        return nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 4), nn.Linear(4, 11)).requires_grad_(False)
-
-    def test_something_is_trained(self, extension: Method, model: Any) -> None:
-        from torch import nn
-
-        trained = extension.apply(model)
+        trained = extension.apply(model, setting)
         assert isinstance(trained, nn.Module)
         assert any(parameter.requires_grad for parameter in trained.parameters())
+
+    def test_it_begins_with_the_same_numbers_everywhere(self, extension: Method, model: Any, setting: Setting) -> None:
+        """Ranks do not tell each other what they drew, and the caller's random numbers go on as if nothing was."""
+        import torch
+
+        other = copy.deepcopy(model)
+        torch.manual_seed(1)
+        first = dict(extension.apply(model, setting).named_parameters())
+        went_on = torch.rand(1)
+        torch.manual_seed(1)
+        assert went_on == torch.rand(1)
+        second = dict(type(extension)(extension.options).apply(other, setting).named_parameters())
+        assert first.keys() == second.keys()
+        for name, parameter in first.items():
+            assert torch.equal(parameter, second[name]), name
+
+    def test_an_adapter_is_all_that_is_trained(self, extension: Method, model: Any, setting: Setting) -> None:
+        trained = extension.apply(model, setting)
+        adapter = extension.adapter(trained, setting)
+        assert (adapter is not None) or type(extension).merge is Method.merge
+        if adapter is not None:
+            assert extension.freezes
+            assert type(extension).merge is not Method.merge
+            names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+            assert set(adapter.tensors) == names
+            assert len(set(adapter.tensors.values())) == len(names)
+            assert json.loads(json.dumps(adapter.config)) == adapter.config
 
 
 class ModelFamilyContract(ExtensionContract):

@@ -48,6 +48,8 @@ class Job:
     data: Path
     tokenizer: Path
     resume: Resume | None = None
+    special_ids: tuple[int, ...] = ()
+    """Ids whose embeddings have to be trained also where the model is frozen."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,6 +78,7 @@ class Job:
             **{name: str(getattr(self, name)) for name in ("model", "data", "tokenizer")},
             "epoch_steps": list(self.epoch_steps),
             "stop_ids": list(self.stop_ids),
+            "special_ids": list(self.special_ids),
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
             "placement": asdict(self.placement),
@@ -92,6 +95,7 @@ class Job:
                 "placement": Placement(**data["placement"]),
                 "epoch_steps": tuple(data["epoch_steps"]),
                 "stop_ids": tuple(data["stop_ids"]),
+                "special_ids": tuple(data["special_ids"]),
                 "resume": Resume(**data["resume"]) if data["resume"] else None,
                 **{name: Path(data[name]) for name in ("model", "data", "tokenizer")},
             }

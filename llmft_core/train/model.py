@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +20,16 @@ Warn = Callable[[str], None]
 """Takes a line of what a user should know of the loading."""
 
 
-def build_model(job: Job, engine: Engine, warn: Warn = lambda text: None) -> torch.nn.Module:
-    """Load the weights in the engine's context and make room for the tokenizer's added tokens. Collective.
+def build_model(
+    job: Job, engine: Engine, warn: Warn = lambda text: None, loading: Mapping[str, Any] | None = None
+) -> torch.nn.Module:
+    """Load the weights in the engine's context and make room for the tokenizer's added tokens. Collective. `loading`:
+    what the method says to transformers of weights that will be frozen.
 
     Raises LlmftError if a weight is missing, left over or has another shape: such a model would train from random
     numbers, or not be the model of the folder.
     """
-    model = load(job.model, engine, warn)
+    model = load(job.model, engine, warn, loading or {})
     add_tokens(model, job.vocabulary, engine)
     if job.plan.data.packing != "none" and flash_attends(model, job):
         model.set_attn_implementation("flash_attention_2")  # its work grows with the samples, not with the packed row
@@ -43,12 +47,12 @@ def flash_attends(model: torch.nn.Module, job: Job) -> bool:
     return fits and bool(getattr(model, "_supports_flash_attn", False)) and is_flash_attn_2_available()
 
 
-def load(folder: Path, engine: Engine, warn: Warn) -> torch.nn.Module:
+def load(folder: Path, engine: Engine, warn: Warn, loading: Mapping[str, Any]) -> torch.nn.Module:
     """The model with its weights, before anything is changed in it. Collective."""
     fill = engine.filler()
     with TensorFiles(folder) as files:  # also where transformers reads them: a broken file is said in our words
         if fill is None:
-            return load_whole(folder, engine)
+            return load_whole(folder, engine, loading)
         try:
             tensor_map = map_tensors(folder, files, engine.parameter_dtype)
             reason = tensor_map.conversion
@@ -56,11 +60,11 @@ def load(folder: Path, engine: Engine, warn: Warn) -> torch.nn.Module:
             reason = f"transformers {version('transformers')} keeps its rules for names elsewhere ({error})"
         if reason:
             warn(f"rank 0 reads the whole model into its memory: {reason}, so it cannot be read in slices")
-            return load_whole(folder, engine)
+            return load_whole(folder, engine, {})
         return load_sliced(folder, engine, fill, tensor_map, files)
 
 
-def load_whole(folder: Path, engine: Engine) -> torch.nn.Module:
+def load_whole(folder: Path, engine: Engine, loading: Mapping[str, Any]) -> torch.nn.Module:
     """By transformers: every rank maps the files and copies one tensor after the other; under ZeRO-3 rank 0 alone
     reads, into a dictionary of the whole model, and the others take part in scattering it."""
     from transformers import AutoModelForCausalLM
@@ -68,7 +72,7 @@ def load_whole(folder: Path, engine: Engine) -> torch.nn.Module:
     with engine.building():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=engine.parameter_dtype,
+            **{"dtype": engine.parameter_dtype, **loading},
             use_safetensors=True,  # no pickle is ever read
             local_files_only=True,
             output_loading_info=True,

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from llmft_core.checkpoint.adapter import AdapterStart
 from llmft_core.checkpoint.background import Background
 from llmft_core.checkpoint.export import Exported, WeightWriter, write_rest
 from llmft_core.checkpoint.publish import publish, publish_part
@@ -35,8 +36,12 @@ class Saver:
     It is also the reporter of training: metrics say whether a checkpoint was being published meanwhile.
     """
 
-    def __init__(self, job: Job, engine: Engine, rank: int, reporter: Reporter, run: Place) -> None:
+    def __init__(
+        self, job: Job, engine: Engine, rank: int, reporter: Reporter, run: Place, start: AdapterStart | None = None
+    ) -> None:
+        """`start`: where checkpoints are adapters, what these were before the first step."""
         self.job, self.engine, self.rank, self.reporter, self.run = job, engine, rank, reporter, run
+        self.start = start
         self.count = job.resume.next_checkpoint if job.resume else 0
         # Retention decides over what lies there already too.
         self.published = published_before(run) if job.resume and rank == 0 else []
@@ -55,7 +60,7 @@ class Saver:
         self.count += 1
         self.background.wait()  # before the copy, so that memory and disk never hold more than one
         waited = time.perf_counter() - started
-        layout = lay_out(self.engine, self.job.plan, self.job.placement.world_size)
+        layout = lay_out(self.engine, self.job.plan, self.job.placement.world_size, start=self.start)
         size = layout.bytes_of(self.rank)
         numbers = summary_of(metrics)
         facts = {"step": step, "epoch": epoch, "metrics": numbers, "provenance": dict(self.job.provenance)}

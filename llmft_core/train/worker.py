@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.adapter import start_of
 from llmft_core.checkpoint.leftovers import next_numbers, sweep
 from llmft_core.checkpoint.stored_state import forget, newest_state, open_state, restore
 from llmft_core.data.prepare import PreparedData
@@ -22,6 +23,7 @@ from llmft_core.train.deterministic import deterministic_kernels
 from llmft_core.train.gpu_memory import measured, out_of_memory
 from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import AskedToStop, train
+from llmft_core.train.method import applied, setting_of
 from llmft_core.train.model import build_model
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.saver import Saver
@@ -57,14 +59,18 @@ def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToSt
                 reporter.send({"kind": kind, "text": text})
 
         tell("phase", "loading the model")
-        model = method.apply(build_model(job, engine, partial(tell, "warning")))
+        setting = setting_of(plan, job.placement, job.special_ids, catalog)
+        loading = {} if setting.partitioned else method.loading(setting)
+        model = applied(method, build_model(job, engine, partial(tell, "warning"), loading), setting, engine)
+        adapter = method.adapter(model, setting)
         engine.prepare(model, optimizer_maker(plan, job.placement.device))
+        start = start_of(engine, adapter) if adapter is not None else None
         if job.resume is not None and job.resume.state:
             tell("phase", f"restoring the state of step {job.resume.step}")
             restore_state(places.place(job.resume.state), engine)
         with (
             deterministic_kernels(plan.deterministic),
-            Saver(job, engine, rank, reporter, run) as saver,
+            Saver(job, engine, rank, reporter, run, start) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,
             Watchdog(plan.step_timeout, rank, reporter) as watchdog,
         ):

@@ -2,14 +2,136 @@
 
 from __future__ import annotations
 
-from llmft_core import Options
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tables import tiny_llama
+
+from llmft_core import InputError, Options, Placement, Setting
 from llmft_plugins.methods.full import Full
+from llmft_plugins.methods.lora import Lora, LoraOptions
+
+CPU = Placement(1, "cpu", "fp32", 2, 1, 1.0)
+GPU = Placement(1, "cuda", "bf16", 2, 1, 1.0)
+LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def setting(placement: Placement = CPU, *, partitioned: bool = False, special_ids: tuple[int, ...] = ()) -> Setting:
+    return Setting(placement, partitioned, special_ids, seed=0, base="owner/model")
+
+
+def lora(**options: Any) -> Lora:
+    return Lora(LoraOptions.model_validate(options))
+
+
+def model_in(folder: Path, **settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama(folder, **settings))
+
+
+def trained_names(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def test_full_trains_everything_also_what_arrives_frozen() -> None:
     from torch import nn
 
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).requires_grad_(False)
-    trained = Full(Options()).apply(model)
+    trained = Full(Options()).apply(model, setting())
     assert trained is model
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_lora_adapts_all_linear_layers_but_the_output(tmp_path: Path) -> None:
+    method = lora(rank=4)
+    model = method.apply(model_in(tmp_path), setting())
+    names = trained_names(model)
+    assert {name.split(".")[-4] for name in names} == set(LAYERS)
+    assert len(names) == 2 * 7 * 2  # layers × projections × matrices
+    assert method.adapter(model, setting()).config["target_modules"] == LAYERS
+    assert method.adapter(model, setting()).config["lora_alpha"] == 8
+    assert method.adapter(model, setting()).config["base_model_name_or_path"] == "owner/model"
+
+
+def test_lora_adapts_what_it_is_told(tmp_path: Path) -> None:
+    options = {"rank": 2, "target-modules": "q_proj,layers.1.mlp.down_proj"}
+    names = trained_names(lora(**options).apply(model_in(tmp_path), setting()))
+    layers = {name.partition(".lora_")[0] for name in names}
+    assert layers == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    }
+
+
+def test_layers_of_other_architectures_are_found() -> None:
+    """GPT-2's are `Conv1D`s."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    names = trained_names(lora(rank=2).apply(model, setting(special_ids=(59,))))
+    assert {name.partition(".lora_")[0].rpartition(".")[2] for name in names if "lora_" in name} == {
+        "c_attn",
+        "c_fc",
+        "c_proj",
+    }
+    assert [name for name in names if "lora_" not in name] == [
+        "transformer.wte.token_adapter.trainable_tokens_delta.default"
+    ], "the output layer is the same weight"
+
+
+@pytest.mark.parametrize("wrong", ["q_prj", "lm_head", "embed_tokens", "proj", "self_attn"])
+def test_a_layer_that_is_not_there_is_refused_with_what_there_is(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        lora(**{"target-modules": f"v_proj,{wrong}"}).apply(model_in(tmp_path), setting())
+    assert str(caught.value) == (
+        f"method.target-modules: no linear layer of LlamaForCausalLM is called {wrong}; there are {', '.join(LAYERS)}"
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_special_tokens_are_trained_in_both_embeddings(tied: bool, tmp_path: Path) -> None:
+    """Their gradient reaches the input's and the output's rows, and nothing else of the embeddings."""
+    import torch
+
+    model = model_in(tmp_path, tie_word_embeddings=tied)
+    before = model(torch.tensor([[1, 95, 5]])).logits.detach()
+    model = lora(rank=2).apply(model, setting(special_ids=(95, 96)))
+    rows = [name for name in trained_names(model) if "lora_" not in name]
+    assert len(rows) == (1 if tied else 2)
+    after = model.eval()(torch.tensor([[1, 95, 5]])).logits
+    assert torch.equal(before, after), "an adapter begins as nothing"
+    after[..., 95].sum().backward()
+    for name in rows:
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.shape == (2, 32)
+        assert gradient[0].abs().sum() > 0
+
+
+def test_four_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    method = lora(quantize="nf4")
+    on_cpu = [str(problem) for problem in method.problems(setting())]
+    assert on_cpu == [
+        "method.quantize: 4-bit weights need an NVIDIA GPU: leave out --method.quantize, or train on GPUs"
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (lacking,) = method.problems(setting(GPU))
+    assert "pip install 'llmft[qlora]'" in lacking.reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert method.problems(setting(GPU)) == []
+    (partitioned,) = method.problems(setting(GPU, partitioned=True))
+    assert "use --strategy ddp or zero-2" in partitioned.reason
+    assert lora().problems(setting()) == []
+
+
+def test_frozen_weights_are_loaded_in_the_type_of_the_arithmetic() -> None:
+    import torch
+
+    assert lora().loading(setting(GPU)) == {"dtype": torch.bfloat16}
+    assert lora().loading(setting()) == {"dtype": torch.float32}
+    assert Full(Options()).loading(setting(GPU)) == {}

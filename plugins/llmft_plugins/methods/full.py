@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmft_core import Method, hookimpl
+from llmft_core import Method, Setting, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ class Full(Method):
     name = "full"
     summary = "every weight is trained"
 
-    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+    def apply(self, model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
         """The same model, all of it trained."""
         return model.requires_grad_(True)
 

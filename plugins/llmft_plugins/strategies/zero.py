@@ -82,6 +82,7 @@ class Zero3(Zero):
     name: ClassVar[str] = "zero-3"
     summary: ClassVar[str] = "DeepSpeed ZeRO-3: weights, gradients and optimizer are partitioned over ranks"
     stage: ClassVar[int] = 3
+    partitions_weights: ClassVar[bool] = True
 
 
 def choose_accelerator(placement: Placement) -> None:
