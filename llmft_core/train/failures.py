@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from llmft_core.errors import LlmftError
-from llmft_core.train.cluster import last_line
+from llmft_core.report import words
+from llmft_core.train.cluster import last_line, nodes_now
 from llmft_core.train.mailbox import OnEvent
+from llmft_core.values import WorkerRange
+
+PATIENCE = 30.0
+"""Seconds after a failure until it is said what the run waits for; then ten times as long."""
+
+OUT_OF_MEMORY = "Ray's memory monitor killed the process: its machine was out of memory"
+NODE_LOST = "its node was lost"
+KILLED = "the process was killed"
+LESS_MEMORY = "lower --micro-batch or --context-length, or add --gradient-checkpointing"
+
+
+def how_it_died(error: BaseException) -> str:
+    """Why a rank's process is gone, from what Ray Train says; nothing where it is a Python error."""
+    import ray
+
+    cause = getattr(error, "health_check_failure", error)
+    text = str(cause)
+    if isinstance(cause, ray.exceptions.OutOfMemoryError) or "memory pressure" in text or "OOM" in text:
+        return OUT_OF_MEMORY
+    if isinstance(cause, ray.exceptions.NodeDiedError) or "node has died" in text or "node was terminated" in text:
+        return NODE_LOST
+    return KILLED if isinstance(cause, ray.exceptions.RayActorError) else ""
 
 
 class Watch:
     """Takes the events of a run on their way to the driver, and remembers what is needed to explain its end."""
 
-    def __init__(self, on_event: OnEvent) -> None:
-        self._pass_on = on_event
+    def __init__(self, on_event: OnEvent, workers: WorkerRange, unit: str) -> None:
+        """`unit`: what each worker needs one of."""
+        self._pass_on, self._workers, self._unit = on_event, workers, unit
         self._errors: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
+        self._nodes: dict[int, str] = {}  # rank → node id
+        self._size = 0  # world size of the ranks that there are, or were last
+        self._failed_at: float | None = None  # seconds, while the ranks are gone
+        self._patience = PATIENCE
         self._complete: list[str] = []  # URIs of checkpoints
         self._state = ""  # URI of the newest state
 
@@ -24,19 +54,49 @@ class Watch:
         if event["kind"] == "error":
             self._errors.append(event)
         elif event["kind"] == "rank":
-            self._hosts[event["rank"]] = event["host"]
+            self._begins(event)
         elif event["kind"] == "failed":
-            who = ", ".join(map(self._named, event["ranks"]))
-            self._pass_on({"kind": "warning", "text": f"{who} failed or was lost; {self.kept()}"})
-        elif event["kind"] == "restarted":
-            self._errors.clear()  # of ranks that are gone
-            self._pass_on(event)
+            self._failed_at, self._patience = time.monotonic(), PATIENCE
+            self._pass_on({"kind": "warning", "text": f"{self._who(event['deaths'])}; {self.kept()}"})
         else:
             if event["kind"] == "checkpoint":
                 self._complete.append(event["uri"])
             elif event["kind"] == "state":
                 self._state = event["uri"]
             self._pass_on(event)
+
+    def _begins(self, event: dict[str, Any]) -> None:
+        if self._failed_at is not None or event["rank"] in self._hosts:  # those before are gone
+            self._errors.clear()
+            self._hosts.clear()
+            self._nodes.clear()
+            self._failed_at = None
+        self._hosts[event["rank"]], self._nodes[event["rank"]] = event["host"], event["node"]
+        before, self._size = self._size or self._workers.most, event["world_size"]
+        if self._size != before:
+            self._pass_on(
+                {
+                    "kind": "warning",
+                    "text": f"{words.counted(self._size, 'worker')} of --workers {self._workers} now, instead of "
+                    f"{before}: the same global batch and order of rows, but sums are rounded in another order, so the "
+                    "weights will not be the same to the last bit",
+                }
+            )
+
+    def look(self) -> None:
+        """Say what the run waits for, where its ranks have been gone for long."""
+        if self._failed_at is None or time.monotonic() - self._failed_at < self._patience:
+            return
+        self._patience *= 10
+        fewest = self._workers.fewest
+        there = sum(node.gpus if self._unit == "GPU" else node.cpus for node in nodes_now())
+        if there < fewest:
+            run = self._state.rpartition("/")[0] or "RUN"
+            text = (
+                f"waiting for room for {words.counted(fewest, 'worker')} ({fewest} {self._unit}s; the cluster has "
+                f"{there} now): add a node, or stop, and `llmft resume {run} --workers {max(1, there)}`"
+            )
+            self._pass_on({"kind": "warning", "text": text})
 
     def raise_given_up(self) -> None:
         """Raises LlmftError where the ranks were started again after an error of ours, and ended at once."""
@@ -55,25 +115,39 @@ class Watch:
     def explained(self, error: BaseException) -> str:
         """`error` is what Ray Train's `fit` raised. When one rank dies, the others fail in their next collective, and
         their errors say nothing: so first comes what llmft itself said, then who died, then the first error."""
-        import ray
-
         failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
-        causes = {rank: getattr(one, "health_check_failure", one) for rank, one in failures.items()}
-        dead = sorted(rank for rank, one in causes.items() if isinstance(one, ray.exceptions.RayActorError))
+        deaths = {rank: how_it_died(one) for rank, one in sorted(failures.items())}
         first = min(self._errors, key=lambda event: not event["ours"], default=None)
-        if first is not None and first["ours"]:
-            return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}"
-        if dead:
-            who = ", ".join(map(self._named, dead))
-            return (
-                f"{who}: the process was killed or its machine is gone. Most often memory "
-                "ran out: look into that machine's kernel log (dmesg), then lower --micro-batch or --context-length, "
-                f"or use more --workers; {self.kept()}"
-            )
+        if any(deaths.values()) and not (first is not None and first["ours"]):
+            advice = f"; {LESS_MEMORY}, or use more --workers"
+            if KILLED in deaths.values():
+                advice = (
+                    f" or its machine is gone. Most often memory ran out: look into that machine's kernel log "
+                    f"(dmesg), then {LESS_MEMORY}, or use more --workers"
+                )
+            elif NODE_LOST in deaths.values():
+                advice = ""
+            return f"{self._who(deaths)}{advice}; {self.kept()}"
         if first is not None:
-            return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}; --debug shows all"
+            hint = "" if first["ours"] else "; --debug shows all"
+            return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}{hint}"
         said = next(iter(failures.values()), error)
         return f"training failed: {last_line(str(said))}; {self.kept()}; --debug shows all"
+
+    def _who(self, deaths: Mapping[int, str]) -> str:
+        """The ranks whose processes died, and how; if none did, the first error."""
+        alive = {node.id for node in nodes_now()}
+        how: dict[str, list[str]] = {}
+        for rank, death in deaths.items():
+            lost = rank in self._nodes and self._nodes[rank] not in alive
+            if lost or death:
+                how.setdefault(NODE_LOST if lost else death, []).append(self._named(rank))
+        if how:
+            return ", ".join(f"{', '.join(ranks)}: {death}" for death, ranks in how.items())
+        first = next(iter(self._errors), None)
+        if first is not None:
+            return f"{self._named(first['rank'])}: {first['message']}"
+        return f"{', '.join(map(self._named, deaths))} failed"
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank}"

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmft_core.errors import Interrupted, LlmftError, one_line
 from llmft_core.train.cluster import Cluster
-from llmft_core.train.failures import Watch
+from llmft_core.train.failures import Watch, how_it_died
 from llmft_core.train.job import Job
-from llmft_core.train.mailbox import Mailbox, MailboxReporter, MailReader, OnEvent
+from llmft_core.train.joining import Joining
+from llmft_core.train.mailbox import MailboxReporter, MailReader, OnEvent, open_mailbox
+from llmft_core.values import WorkerRange
 
 
-def launch(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent) -> None:
-    """Train, and return when the last checkpoint is complete. `folders` has each node's copies by node id.
+def launch(
+    job: Job,
+    cluster: Cluster,
+    folders: Mapping[str, Mapping[str, str]],
+    joining: Joining,
+    on_event: OnEvent,
+) -> None:
+    """Train, and return when the last checkpoint is complete. `folders` has each node's copies by node id; `joining`
+    is for nodes that are not among them.
 
     Raises LlmftError when a rank failed, Interrupted after Ctrl-C.
     """
     if cluster.address == "":
         train_in_process(job, on_event)
     else:
-        train_on_ray(job, cluster, folders, on_event)
+        train_on_ray(job, cluster, folders, joining, on_event)
 
 
 class CallReporter:
@@ -79,14 +90,19 @@ def rank_main(config: dict[str, Any]) -> None:
     if ray.get(config["mailbox"].is_given_up.remote()):
         return
     node = ray.get_runtime_context().get_node_id()
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     reporter = MailboxReporter(config["mailbox"])
-    reporter.send({"kind": "rank", "rank": rank, "host": socket.gethostname()})
+    began = {"rank": rank, "host": socket.gethostname(), "node": node, "world_size": world_size}
+    reporter.send({"kind": "rank", **began})
     try:
-        if node not in config["folders"]:
-            raise LlmftError("this node joined the cluster after the run was prepared: start the run again")
-        job = Job.from_json({**config["job"], **config["folders"][node]})
-        train_rank(job, rank, reporter)
+        again = ray.get(config["mailbox"].begins_again.remote(rank))
+        folders = config["folders"].get(node)
+        if folders is None:
+            phase = partial(_tell_phase, reporter)
+            folders = config["joining"].folders(node, config["mailbox"], phase)
+        job = Job.from_json({**config["job"], **folders}).for_world_size(world_size)
+        train_rank(job, rank, reporter, again=again)
     except Exception as error:
         ours = isinstance(error, LlmftError)
         text = one_line(error) if ours else f"{type(error).__name__}: {one_line(error)}"
@@ -96,28 +112,46 @@ def rank_main(config: dict[str, Any]) -> None:
         reporter.flush()
 
 
-def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent) -> None:
+def _tell_phase(reporter: MailboxReporter, text: str) -> None:
+    reporter.send({"kind": "phase", "text": text})
+
+
+def train_on_ray(
+    job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], joining: Joining, on_event: OnEvent
+) -> None:
     """Ray Train V2. Its own checkpoints are not used: our marker is the truth, and our uploads are verified."""
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    watch = Watch(on_event)
+    mailbox = open_mailbox()
+    workers = job.plan.worker_range or WorkerRange(job.placement.world_size, job.placement.world_size)
+    watch = Watch(on_event, workers, "GPU" if job.placement.device == "cuda" else "CPU")
+    elastic = workers.fewest != workers.most
+    if elastic:  # Ray Train's picture of the cluster is up to 20 s old: it finds out by trying
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+
+    def handle(event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            mailbox.answer.remote(event["node"], joining.send(event["node"], cluster))
+        else:
+            watch.handle(event)
 
     class TellFailures(UserCallback):  # type: ignore[misc]
         """Runs in Ray Train's controller: `fit` says nothing of failures that were survived."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            mailbox.put.remote({"kind": "failed", "ranks": sorted(worker_exceptions)})
+            deaths = {rank: how_it_died(one) for rank, one in sorted(worker_exceptions.items())}
+            mailbox.put.remote({"kind": "failed", "deaths": deaths})
 
     on_gpu = job.placement.device == "cuda"
     with tempfile.TemporaryDirectory(prefix="llmft-ray-") as scratch:
         trainer = TorchTrainer(
             rank_main,
-            train_loop_config={"job": job.to_json(), "folders": dict(folders), "mailbox": mailbox},
+            train_loop_config={"job": job.to_json(), "folders": dict(folders), "joining": joining, "mailbox": mailbox},
             scaling_config=ScalingConfig(
-                num_workers=job.placement.world_size,
+                num_workers=(workers.fewest, workers.most) if elastic else workers.most,
+                # Only where workers start anyway: to stop a run for one node more costs what was done since its state.
+                elastic_resize_monitor_interval_s=math.inf,
                 use_gpu=on_gpu,
                 resources_per_worker={"CPU": threads(cluster, job), **({"GPU": 1} if on_gpu else {})},
             ),
@@ -129,7 +163,7 @@ def train_on_ray(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, 
             ),
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=3600),
         )
-        reader = MailReader(mailbox, watch.handle)
+        reader = MailReader(mailbox, handle, watch.look)
         reader.start()
         try:
             trainer.fit()

@@ -26,8 +26,9 @@ from llmft_core.train.state_saver import StateSaver
 from llmft_core.weights.cache import cache_folder
 
 
-def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
-    """Train this rank's part. The default process group exists and has the placement's world size.
+def train_rank(job: Job, rank: int, reporter: Reporter, *, again: bool = False) -> None:
+    """Train this rank's part. The default process group exists and has the placement's world size. `again`: the
+    launcher has started the ranks again after a failure.
 
     Raises LlmftError for whatever a user can act on.
     """
@@ -38,7 +39,7 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
     catalog = Catalog(load_plugins(plan.disable_plugin))
     places = Places(catalog, plan.storage, plan.backends)
     run = places.runs() / plan.name
-    job = as_it_stands(job, run, rank, reporter)
+    job = as_it_stands(job, run, rank, reporter, again=again)
     strategy: Strategy = catalog.create("strategy", plan.strategy or {})
     method: Method = catalog.create("method", plan.method)
     data = PreparedData.open(job.data)
@@ -72,19 +73,18 @@ def train_rank(job: Job, rank: int, reporter: Reporter) -> None:
         engine.finish()
 
 
-def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter) -> Job:
+def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter, *, again: bool) -> Job:
     """The job, or where it goes on after the launcher has started the ranks again: from the newest state that was
-    written since the launch, or as the launch began. Collective."""
+    written since the launch, or as the launch began. Rank 0's `again` counts. Collective."""
     answer: list[Resume | None] = [None]
-    if rank == 0:
+    if rank == 0 and again:
         began = job.resume or Resume("", 0, 0, 0)
         numbers = next_numbers(run)
-        if (numbers["state"], numbers["checkpoint"]) != (began.next_state, began.next_checkpoint):
-            sweep(run)  # of the ranks that are gone
-            place = newest_state(run, began.next_state)
-            uri, step = (place.uri, open_state(place).progress.step) if place is not None else (began.state, began.step)
-            answer = [Resume(uri, step, numbers["state"], numbers["checkpoint"])]
-            reporter.send({"kind": "restarted", "step": step})
+        sweep(run)  # of the ranks that are gone
+        place = newest_state(run, began.next_state)
+        uri, step = (place.uri, open_state(place).progress.step) if place is not None else (began.state, began.step)
+        answer = [Resume(uri, step, numbers["state"], numbers["checkpoint"])]
+        reporter.send({"kind": "restarted", "step": step})
     dist.broadcast_object_list(answer, src=0)
     return job if answer[0] is None else replace(job, resume=answer[0])
 

@@ -48,10 +48,9 @@ def test_killed_workers_are_started_again_and_nothing_is_different(tmp_path: Pat
                 one.kill()
             process.wait()
     text = log.read_text()
-    assert (
-        len(re.findall(r"warning: rank .* failed or was lost; `llmft resume \S+killed` goes on from state", text)) == 2
-    )
+    assert len(re.findall(r"warning: rank \d on \S+: the process was killed; `llmft resume \S+killed` goes", text)) == 2
     assert len(re.findall(r"go on after optimizer step \d+: \d+ steps? of .* done again", text)) == 2
+    assert re.search(r"^the workers were started again 2 times: \d+ steps? of .* done again, .* without", text, re.M)
     runs = tmp_path / "llmft-runs" / "runs"
     weights = {name: sorted(runs.glob(f"{name}/checkpoint_*/model.safetensors"))[-1] for name in ("straight", "killed")}
     assert weights["straight"].read_bytes() == weights["killed"].read_bytes()
