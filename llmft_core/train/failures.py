@@ -15,10 +15,10 @@ from llmft_core.values import WorkerRange
 PATIENCE = 30.0
 """Seconds after a failure until it is said what the run waits for; then ten times as long."""
 
-OUT_OF_MEMORY = "Ray's memory monitor killed the process: its machine was out of memory"
 NODE_LOST = "its node was lost"
-KILLED = "the process was killed"
-LESS_MEMORY = "lower --micro-batch or --context-length, or add --gradient-checkpointing"
+KILLED = "the process was killed or its machine is gone"
+LESS_MEMORY = "lower --micro-batch or --context-length, add --gradient-checkpointing, or use more --workers"
+OUT_OF_MEMORY = f"Ray's memory monitor killed the process: its machine was out of memory: {LESS_MEMORY}"
 
 
 def how_it_died(error: BaseException) -> str:
@@ -46,6 +46,7 @@ class Watch:
         self._size = 0  # world size of the ranks that there are, or were last
         self._failed_at: float | None = None  # seconds, while the ranks are gone
         self._patience = PATIENCE
+        self._unexplained: set[int] = set()  # ranks that died, perhaps with their nodes: Ray needs about 15 s to know
         self._complete: list[str] = []  # URIs of checkpoints
         self._state = ""  # URI of the newest state
 
@@ -57,6 +58,7 @@ class Watch:
             self._begins(event)
         elif event["kind"] == "failed":
             self._failed_at, self._patience = time.monotonic(), PATIENCE
+            self._unexplained = {rank for rank, death in event["deaths"].items() if death == KILLED}
             self._pass_on({"kind": "warning", "text": f"{self._who(event['deaths'])}; {self.kept()}"})
         else:
             if event["kind"] == "checkpoint":
@@ -67,6 +69,8 @@ class Watch:
 
     def _begins(self, event: dict[str, Any]) -> None:
         if self._failed_at is not None or event["rank"] in self._hosts:  # those before are gone
+            self._look_for_lost_nodes()
+            self._unexplained.clear()
             self._errors.clear()
             self._hosts.clear()
             self._nodes.clear()
@@ -83,8 +87,19 @@ class Watch:
                 }
             )
 
+    def _look_for_lost_nodes(self) -> None:
+        """Say of a rank that died that its node did, once Ray knows."""
+        if not self._unexplained:
+            return
+        alive = {node.id for node in nodes_now()}
+        lost = sorted(rank for rank in self._unexplained if self._nodes.get(rank, "") not in alive)
+        for rank in lost:
+            self._unexplained.discard(rank)
+            self._pass_on({"kind": "warning", "text": f"{self._named(rank)}: {NODE_LOST}"})
+
     def look(self) -> None:
-        """Say what the run waits for, where its ranks have been gone for long."""
+        """Say what became of lost ranks, and what the run waits for, where its ranks have been gone for long."""
+        self._look_for_lost_nodes()
         if self._failed_at is None or time.monotonic() - self._failed_at < self._patience:
             return
         self._patience *= 10
@@ -119,19 +134,16 @@ class Watch:
         deaths = {rank: how_it_died(one) for rank, one in sorted(failures.items())}
         first = min(self._errors, key=lambda event: not event["ours"], default=None)
         if any(deaths.values()) and not (first is not None and first["ours"]):
-            advice = f"; {LESS_MEMORY}, or use more --workers"
+            advice = ""
             if KILLED in deaths.values():
-                advice = (
-                    f" or its machine is gone. Most often memory ran out: look into that machine's kernel log "
-                    f"(dmesg), then {LESS_MEMORY}, or use more --workers"
-                )
-            elif NODE_LOST in deaths.values():
-                advice = ""
+                advice = f". Most often memory ran out: look into that machine's kernel log (dmesg), then {LESS_MEMORY}"
             return f"{self._who(deaths)}{advice}; {self.kept()}"
         if first is not None:
             hint = "" if first["ours"] else "; --debug shows all"
             return f"{self._named(first['rank'])}: {first['message']}; {self.kept()}{hint}"
-        said = next(iter(failures.values()), error)
+        said = next(iter(failures.values()), getattr(error, "controller_failure", error))
+        if died := how_it_died(said):
+            return f"a worker ended while it was being started: {died}; {self.kept()}"
         return f"training failed: {last_line(str(said))}; {self.kept()}; --debug shows all"
 
     def _who(self, deaths: Mapping[int, str]) -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def train_on_ray(
 ) -> None:
     """Ray Train V2. Its own checkpoints are not used: our marker is the truth, and our uploads are verified."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     mailbox = open_mailbox()
     workers = job.plan.worker_range or WorkerRange(job.placement.world_size, job.placement.world_size)
@@ -161,7 +162,7 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=job.plan.max_failures),
                 callbacks=[TellFailures()],
             ),
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=3600),
+            torch_config=torch_config("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         )
         reader = MailReader(mailbox, handle, watch.look)
         reader.start()
@@ -176,6 +177,30 @@ def train_on_ray(
         finally:
             reader.finish()
         watch.raise_given_up()
+
+
+def torch_config(backend: str) -> Any:
+    """Ray Train's set-up of the process group, which survives workers that Ray's memory monitor killed: Ray 2.60 asks
+    them to leave the group, gets an OutOfMemoryError, which is no RayActorError, and ends the run with
+    `max_failures` left."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        """What ends with its process need not be left."""
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            with suppress(OutOfMemoryError):
+                super().on_shutdown(worker_group, backend_config)
+
+    class Config(TorchConfig):  # type: ignore[misc]
+        """The same with that backend."""
+
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend=backend, timeout_s=3600)
 
 
 def threads(cluster: Cluster, job: Job) -> int:
