@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from llmft_core.errors import LlmftError
 from llmft_core.report import words
-from llmft_core.train.cluster import last_line, nodes_now
+from llmft_core.train.cluster import Node, last_line
 from llmft_core.train.mailbox import OnEvent
 from llmft_core.values import WorkerRange
+
+NodesNow = Callable[[], Sequence[Node]]
 
 PATIENCE = 30.0
 """Seconds after a failure until it is said what the run waits for; then ten times as long."""
@@ -27,9 +29,9 @@ def how_it_died(error: BaseException) -> str:
 
     cause = getattr(error, "health_check_failure", error)
     text = str(cause)
-    if isinstance(cause, ray.exceptions.OutOfMemoryError) or "memory pressure" in text or "OOM" in text:
+    if isinstance(cause, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
         return OUT_OF_MEMORY
-    if isinstance(cause, ray.exceptions.NodeDiedError) or "node has died" in text or "node was terminated" in text:
+    if isinstance(cause, ray.exceptions.NodeDiedError) or "node has died" in text:
         return NODE_LOST
     return KILLED if isinstance(cause, ray.exceptions.RayActorError) else ""
 
@@ -37,9 +39,11 @@ def how_it_died(error: BaseException) -> str:
 class Watch:
     """Takes the events of a run on their way to the driver, and remembers what is needed to explain its end."""
 
-    def __init__(self, on_event: OnEvent, workers: WorkerRange, unit: str) -> None:
-        """`unit`: what each worker needs one of."""
-        self._pass_on, self._workers, self._unit = on_event, workers, unit
+    def __init__(
+        self, on_event: OnEvent, workers: WorkerRange, unit: Literal["GPU", "CPU"], nodes_now: NodesNow
+    ) -> None:
+        """`unit`: what each worker needs one of. `nodes_now`: the nodes of the cluster that are alive."""
+        self._pass_on, self._workers, self._unit, self._nodes_now = on_event, workers, unit, nodes_now
         self._errors: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
         self._nodes: dict[int, str] = {}  # rank → node id
@@ -58,8 +62,9 @@ class Watch:
             self._begins(event)
         elif event["kind"] == "failed":
             self._failed_at, self._patience = time.monotonic(), PATIENCE
-            self._unexplained = {rank for rank, death in event["deaths"].items() if death == KILLED}
-            self._pass_on({"kind": "warning", "text": f"{self._who(event['deaths'])}; {self.kept()}"})
+            deaths = self._with_lost_nodes(event["deaths"])
+            self._unexplained = {rank for rank, death in deaths.items() if death == KILLED}
+            self._pass_on({"kind": "warning", "text": f"{self._who(deaths)}; {self.kept()}"})
         else:
             if event["kind"] == "checkpoint":
                 self._complete.append(event["uri"])
@@ -91,11 +96,17 @@ class Watch:
         """Say of a rank that died that its node did, once Ray knows."""
         if not self._unexplained:
             return
-        alive = {node.id for node in nodes_now()}
-        lost = sorted(rank for rank in self._unexplained if self._nodes.get(rank, "") not in alive)
-        for rank in lost:
-            self._unexplained.discard(rank)
-            self._pass_on({"kind": "warning", "text": f"{self._named(rank)}: {NODE_LOST}"})
+        deaths = self._with_lost_nodes(dict.fromkeys(sorted(self._unexplained), KILLED))
+        for rank, death in deaths.items():
+            if death == NODE_LOST:
+                self._unexplained.discard(rank)
+                self._pass_on({"kind": "warning", "text": f"{self._named(rank)}: {NODE_LOST}"})
+
+    def _with_lost_nodes(self, deaths: Mapping[int, str]) -> dict[int, str]:
+        """How ranks died, where Ray knows by now that the node of some is gone."""
+        alive = {node.id for node in self._nodes_now()}
+        gone = {rank for rank, node in self._nodes.items() if node not in alive}
+        return {rank: NODE_LOST if rank in gone else death for rank, death in deaths.items()}
 
     def look(self) -> None:
         """Say what became of lost ranks, and what the run waits for, where its ranks have been gone for long."""
@@ -104,7 +115,7 @@ class Watch:
             return
         self._patience *= 10
         fewest = self._workers.fewest
-        there = sum(node.gpus if self._unit == "GPU" else node.cpus for node in nodes_now())
+        there = sum(node.gpus if self._unit == "GPU" else node.cpus for node in self._nodes_now())
         if there < fewest:
             run = self._state.rpartition("/")[0] or "RUN"
             text = (
@@ -131,7 +142,7 @@ class Watch:
         """`error` is what Ray Train's `fit` raised. When one rank dies, the others fail in their next collective, and
         their errors say nothing: so first comes what llmft itself said, then who died, then the first error."""
         failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
-        deaths = {rank: how_it_died(one) for rank, one in sorted(failures.items())}
+        deaths = self._with_lost_nodes({rank: how_it_died(one) for rank, one in sorted(failures.items())})
         first = min(self._errors, key=lambda event: not event["ours"], default=None)
         if any(deaths.values()) and not (first is not None and first["ours"]):
             advice = ""
@@ -148,12 +159,10 @@ class Watch:
 
     def _who(self, deaths: Mapping[int, str]) -> str:
         """The ranks whose processes died, and how; if none did, the first error."""
-        alive = {node.id for node in nodes_now()}
         how: dict[str, list[str]] = {}
         for rank, death in deaths.items():
-            lost = rank in self._nodes and self._nodes[rank] not in alive
-            if lost or death:
-                how.setdefault(NODE_LOST if lost else death, []).append(self._named(rank))
+            if death:
+                how.setdefault(death, []).append(self._named(rank))
         if how:
             return ", ".join(f"{', '.join(ranks)}: {death}" for death, ranks in how.items())
         first = next(iter(self._errors), None)

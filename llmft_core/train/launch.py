@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft_core.errors import Interrupted, LlmftError, one_line
-from llmft_core.train.cluster import Cluster
+from llmft_core.train.cluster import Cluster, nodes_now
 from llmft_core.train.failures import Watch, how_it_died
 from llmft_core.train.job import Job
 from llmft_core.train.joining import Joining
@@ -126,7 +126,7 @@ def train_on_ray(
 
     mailbox = open_mailbox()
     workers = job.plan.worker_range or WorkerRange(job.placement.world_size, job.placement.world_size)
-    watch = Watch(on_event, workers, "GPU" if job.placement.device == "cuda" else "CPU")
+    watch = Watch(on_event, workers, "GPU" if job.placement.device == "cuda" else "CPU", nodes_now)
     elastic = workers.fewest != workers.most
     if elastic:  # Ray Train's picture of the cluster is up to 20 s old: it finds out by trying
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
