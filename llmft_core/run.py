@@ -34,7 +34,7 @@ from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, sta
 from llmft_core.train.job import Job
 from llmft_core.train.joining import Joining
 from llmft_core.train.launch import launch
-from llmft_core.train.mailbox import Mailbox, MailReader
+from llmft_core.train.mailbox import MailReader, open_mailbox
 from llmft_core.train.ship import ship
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.share import Sharer, check_same, sharing
@@ -78,9 +78,7 @@ def stage(ready: Ready, cluster: Cluster, view: LiveView) -> tuple[Job, dict[str
         with transfer_bar("weights", view.console) as bar:
             model = stage_model(ready.plan, ready.catalog, ready.places, weights=True, progress=bar)
         return replace(ready.job, model=model.path), {}
-    import ray
-
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = open_mailbox()
     moved: dict[str, tuple[int, int]] = {}  # node → bytes done, bytes in all
 
     keys = keys_of(ready.job)

@@ -166,9 +166,11 @@ def _logging(debug: bool) -> dict[str, Any]:
 
 
 def nodes_now() -> tuple[Node, ...]:
-    """The nodes of the cluster that are alive."""
+    """The nodes of the cluster that are alive; none once this process has left it."""
     import ray
 
+    if not ray.is_initialized():
+        return ()
     alive = [node for node in ray.nodes() if node["Alive"]]
     return tuple(
         Node(

@@ -42,7 +42,8 @@ class Watch:
     def __init__(
         self, on_event: OnEvent, workers: WorkerRange, unit: Literal["GPU", "CPU"], nodes_now: NodesNow
     ) -> None:
-        """`unit`: what each worker needs one of. `nodes_now`: the nodes of the cluster that are alive."""
+        """`unit`: what each worker needs one of. `nodes_now`: the nodes of the cluster that are alive;
+        none where it does not say."""
         self._pass_on, self._workers, self._unit, self._nodes_now = on_event, workers, unit, nodes_now
         self._errors: list[dict[str, Any]] = []
         self._hosts: dict[int, str] = {}
@@ -105,7 +106,7 @@ class Watch:
     def _with_lost_nodes(self, deaths: Mapping[int, str]) -> dict[int, str]:
         """How ranks died, where Ray knows by now that the node of some is gone."""
         alive = {node.id for node in self._nodes_now()}
-        gone = {rank for rank, node in self._nodes.items() if node not in alive}
+        gone = {rank for rank, node in self._nodes.items() if alive and node not in alive}
         return {rank: NODE_LOST if rank in gone else death for rank, death in deaths.items()}
 
     def look(self) -> None:

@@ -25,12 +25,11 @@ class Joining:
     prepare: Prepare
     keys: Sequence[str]
 
-    def folders(self, node: str, mailbox: Any, phase: Callable[[str], None]) -> Mapping[str, str]:
+    def folders(self, node: str, mailbox: Any) -> Mapping[str, str]:
         """This node's copies. Called by each of its ranks: the data comes once, the weights under the node's lock.
         Raises LlmftError."""
         import ray
 
-        phase("a node joined: it gets the prepared data and the weights")
         mailbox.put.remote({"kind": "joined", "node": node})
         while (answer := ray.get(mailbox.answer_to.remote(node))) is None:
             time.sleep(ASK_SECONDS)

@@ -8,7 +8,6 @@ import socket
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,9 @@ def rank_main(config: dict[str, Any]) -> None:
         again = ray.get(config["mailbox"].begins_again.remote(rank))
         folders = config["folders"].get(node)
         if folders is None:
-            phase = partial(_tell_phase, reporter)
-            folders = config["joining"].folders(node, config["mailbox"], phase)
+            if context.get_local_rank() == 0:
+                reporter.send({"kind": "phase", "text": "a node joined: it gets the prepared data and the weights"})
+            folders = config["joining"].folders(node, config["mailbox"])
         job = Job.from_json({**config["job"], **folders}).for_world_size(world_size)
         train_rank(job, rank, reporter, again=again)
     except Exception as error:
@@ -111,10 +111,6 @@ def rank_main(config: dict[str, Any]) -> None:
         raise
     finally:
         reporter.flush()
-
-
-def _tell_phase(reporter: MailboxReporter, text: str) -> None:
-    reporter.send({"kind": "phase", "text": text})
 
 
 def train_on_ray(
