@@ -15,6 +15,7 @@ def head(ready: Ready) -> list[tuple[str, str]]:
     plan, placement, job, report = ready.plan, ready.placement, ready.job, ready.data.report
     first = ready.first_epoch
     where = {"": "this process", "local": "Ray on this machine"}.get(ready.cluster.address, ready.cluster.address)
+    between = f" of {plan.workers}" if isinstance(plan.workers, str) else ""
     unit = "GPU" if placement.device == "cuda" else "CPU"
     packed = plan.data.packing != "none"
     together = f"{first.samples / first.packed_rows:.1f} rows in one"
@@ -31,7 +32,7 @@ def head(ready: Ready) -> list[tuple[str, str]]:
         ),
         (
             "workers",
-            f"{placement.world_size} on {unit}, {where}, strategy {(plan.strategy or {})['name']}",
+            f"{placement.world_size}{between} on {unit}, {where}, strategy {(plan.strategy or {})['name']}",
         ),
     ]
     for name, split in report.splits.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from llmft_core.extensions import Method, Strategy
 from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
 from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
-from llmft_core.values import Device, Placement
+from llmft_core.values import Device, Placement, WorkerRange
 
 LARGEST_DEFAULT_MICRO_BATCH = 8
 DEFAULT_LEARNING_RATE = 2e-5
@@ -32,29 +34,24 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
         problems.append(
             Problem("cluster", f"--workers 0 trains in this process, not at {plan.cluster}: leave out one of the two")
         )
-    workers = plan.workers if plan.workers is not None else (cluster.gpus if device == "cuda" else min(2, cluster.cpus))
-    world_size = max(1, workers)
-    if device == "cuda" and cluster.address in ("", "local") and world_size > cluster.gpus:
-        problems.append(Problem("workers", f"{world_size} workers need a GPU each; this machine has {cluster.gpus}"))
+    default = cluster.gpus if device == "cuda" else min(2, cluster.cpus)
+    workers = plan.workers if plan.workers is not None else default
+    asked = plan.worker_range or WorkerRange(default, default)
+    fewest, most = max(1, asked.fewest), max(1, asked.most)
+    if device == "cuda" and cluster.address in ("", "local") and fewest > cluster.gpus:
+        problems.append(Problem("workers", f"{fewest} workers need a GPU each; this machine has {cluster.gpus}"))
     precision = plan.precision or ("bf16" if device == "cuda" and cluster.bf16 else "fp32")
-    strategy = plan.strategy or _default_strategy(catalog, device, world_size)
-    share, rest = divmod(plan.global_batch, world_size)
-    if rest:
-        problems.append(
-            Problem(
-                "global-batch",
-                f"{plan.global_batch} rows cannot be shared by {world_size} workers: use "
-                f"{_neighbours(plan.global_batch, world_size)}, or --workers {_divisors(plan.global_batch)}",
-            )
-        )
-        share = max(1, share)
+    strategy = plan.strategy or _default_strategy(catalog, device, most)
+    problems += batch_problems(plan.global_batch, WorkerRange(fewest, most))
+    share, rest = divmod(plan.global_batch, most)
+    share = max(1, share)
     micro_batch = plan.micro_batch or default_micro_batch(share)
     if not rest and share % micro_batch:
         problems.append(
             Problem(
                 "micro-batch",
                 f"{micro_batch} rows do not divide a worker's share of {share} "
-                f"(--global-batch {plan.global_batch} over {world_size} workers): use {_divisors(share)}",
+                f"(--global-batch {plan.global_batch} over {most} workers): use {_divisors(share)}",
             )
         )
     family = family_of_name(plan.model.name, catalog)
@@ -76,16 +73,48 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
             "lr": rate,
         }
     )
-    accumulation = max(1, share // micro_batch)
-    placement = Placement(world_size, device, precision, micro_batch, accumulation, plan.max_grad_norm)
+    largest = Placement(most, device, precision, micro_batch, max(1, share // micro_batch), plan.max_grad_norm)
     chosen: Strategy = catalog.create("strategy", strategy)
-    problems += chosen.problems(placement)
+    problems += chosen.problems(largest)
     if (reason := chosen.state_problem()) and (plan.state.every_steps or plan.state.every_minutes):
         problems.append(Problem("state", f"{reason}: --state.every-minutes 0 writes none, for a run that cannot go on"))
     problems += capacity_problems(placed, cluster)
     if problems:
         raise Problems(problems)
-    return placed, placement
+    for size in range(fewest, most):  # the same said of several sizes is said once
+        found = chosen.problems(largest.for_world_size(size, micro_batch))
+        problems += [problem for problem in found if problem not in problems]
+    if problems:
+        raise Problems(problems)
+    return placed, largest.for_world_size(max(fewest, min(most, room(cluster, device))), micro_batch)
+
+
+def room(cluster: Cluster, device: Device) -> int:
+    """So many workers the cluster can hold now. A CPU of this machine holds any number."""
+    if device == "cuda":
+        return cluster.gpus
+    return sys.maxsize if cluster.address in ("", "local") else cluster.cpus
+
+
+def batch_problems(global_batch: int, workers: WorkerRange) -> list[Problem]:
+    """Numbers of workers between which an optimizer step cannot be shared evenly: all of them in one."""
+    bad = [size for size in workers.sizes if global_batch % size]
+    if not bad:
+        return []
+    if workers.fewest == workers.most:
+        use = f"{_neighbours(global_batch, workers.most)}, or --workers {_divisors(global_batch)}"
+        return [Problem("global-batch", f"{global_batch} rows cannot be shared by {workers.most} workers: use {use}")]
+    every = math.lcm(*workers.sizes)
+    use = str(-(-global_batch // every) * every)
+    good = [str(size) for size in workers.sizes if size not in bad]
+    use += f", or --workers {_either(good)}" if good else ""
+    return [
+        Problem(
+            "global-batch",
+            f"{global_batch} rows cannot be shared by {_either(list(map(str, bad)))} workers, and --workers {workers} "
+            f"allows any number in between: use {use}",
+        )
+    ]
 
 
 def default_micro_batch(share: int) -> int:
@@ -96,7 +125,7 @@ def default_micro_batch(share: int) -> int:
 def likely_micro_batch(plan: RunPlan) -> int:
     """The micro-batch as far as the plan alone says it: for one worker where their number is open. Raises InputError
     where it does not divide the global batch."""
-    workers = max(1, plan.workers or 1)
+    workers = max(1, plan.worker_range.most if plan.worker_range else 1)
     share, rest = divmod(plan.global_batch, workers)
     micro_batch = plan.micro_batch or (default_micro_batch(share) if share else 1)
     if rest or share % micro_batch:
@@ -139,5 +168,8 @@ def _neighbours(batch: int, world_size: int) -> str:
 
 
 def _divisors(number: int) -> str:
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(found[:-1]) + f" or {found[-1]}" if len(found) > 1 else found[0]
+    return _either([str(d) for d in range(1, number + 1) if number % d == 0])
+
+
+def _either(words: list[str]) -> str:
+    return ", ".join(words[:-1]) + f" or {words[-1]}" if len(words) > 1 else words[0]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from llmft_core.options import Options, comma_separated
-from llmft_core.values import Precision
+from llmft_core.values import Precision, WorkerRange
 
 SINGLE_KINDS = ("dataset", "storage", "strategy", "method")
 """Kinds of which a run has exactly one; `model` is one too but names a model, `tracker` may be repeated."""
@@ -34,6 +34,19 @@ def as_nonfinite(value: Any) -> Any:
     if isinstance(value, str) and (found := re.fullmatch(r"stop|skip[: ]([1-9]\d{0,8})", value.strip())):
         return f"skip:{found[1]}" if found[1] else "stop"
     raise ValueError("write stop, or skip:N with the number of steps that may be skipped, such as skip:3")
+
+
+def as_workers(value: Any) -> Any:
+    """A number of workers, or a range of them: `4`, `2:4`; `4:4` is 4."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", str(value).strip())
+    if found is None:
+        raise ValueError("use a number of workers, 0 or more, or MIN:MAX")
+    fewest, most = int(found[1]), int(found[2] or found[1])
+    if found[2] and not 1 <= fewest <= most:
+        raise ValueError("in MIN:MAX, MIN is 1 or more and MAX not less than MIN")
+    return most if fewest == most else f"{fewest}:{most}"
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -194,8 +207,10 @@ class RunPlan(Options):
         False, description="kernels that give the same bits every time: exact resume on GPUs, some steps slower"
     )
 
-    workers: NotNegative | None = Field(
-        None, description="training processes; 0: train in this process, without a cluster; default: one a GPU, or 2"
+    workers: Annotated[int | str | None, BeforeValidator(as_workers)] = Field(
+        None,
+        description="training processes; MIN:MAX: fewer where a cluster has lost a node, and more when it has one "
+        "again; 0: train in this process, without a cluster; default: one a GPU, or 2",
     )
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="GPUs of each worker; 0 trains on CPU; default: 1 where the cluster has GPUs"
@@ -246,6 +261,14 @@ class RunPlan(Options):
         if choice is not None and not isinstance(choice.get("name"), str):
             raise ValueError("a plugin is chosen by its name: write `name: …`")
         return choice
+
+    @property
+    def worker_range(self) -> WorkerRange | None:
+        """`workers` as the fewest and the most; None while they are open."""
+        if self.workers is None:
+            return None
+        fewest, _, most = str(self.workers).partition(":")
+        return WorkerRange(int(fewest), int(most or fewest))
 
     @field_serializer("*", when_used="json")
     def _plain(self, value: Any) -> Any:

@@ -42,7 +42,7 @@ def parse_plan(content: bytes, path: str, source: str = "") -> Layer:
     try:
         text = content.decode("utf-8").replace("\r\n", "\n")
         _refuse_keys_given_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_loader())
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
     except yaml.YAMLError as error:
@@ -54,6 +54,21 @@ def parse_plan(content: bytes, path: str, source: str = "") -> Layer:
     if not isinstance(data, dict):
         raise InputError(f"{path}: a plan is a mapping of options, this is a {type(data).__name__}")
     return Layer(source or path, {str(key): value for key, value in data.items()})
+
+
+def _loader() -> Any:
+    """PyYAML's SafeLoader, but that 1:2 is text, as in YAML 1.2; YAML 1.1 reads it as 62, in base 60."""
+    import yaml
+
+    class PlanLoader(yaml.SafeLoader):
+        """Of its own, because constructors belong to the class."""
+
+        def construct_number(self, node: Any) -> Any:
+            """An int, or text where there is a colon."""
+            return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+    PlanLoader.add_constructor("tag:yaml.org,2002:int", PlanLoader.construct_number)
+    return PlanLoader
 
 
 def _refuse_keys_given_twice(node: Any) -> None:

@@ -7,17 +7,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.checkpoint.leftovers import sweep
-from llmft_core.errors import InputError, Problems
+from llmft_core.errors import InputError, LlmftError, Problems
 from llmft_core.extensions import Tracker
 from llmft_core.head import head, warnings
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
-from llmft_core.preflight import cluster_problems
+from llmft_core.preflight import cluster_problems, node_problems
 from llmft_core.prepare import Ready, keys_of, make_ready
 from llmft_core.report import words
 from llmft_core.report.keeper import Keeper
@@ -25,15 +26,16 @@ from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.report.transfers import transfer_bar
-from llmft_core.resume import Point, check_inputs, fetch_logs, resume_at
+from llmft_core.resume import DESCRIPTION, Point, check_inputs, fetch_logs, resume_at
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.aside import put_aside
 from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start
 from llmft_core.train.job import Job
+from llmft_core.train.joining import Joining
 from llmft_core.train.launch import launch
-from llmft_core.train.mailbox import Mailbox, MailReader
+from llmft_core.train.mailbox import MailReader, open_mailbox
 from llmft_core.train.ship import ship
 from llmft_core.train.stopping import Stop
 from llmft_core.weights.cache import cache_folder
@@ -78,9 +80,7 @@ def stage(ready: Ready, cluster: Cluster, view: LiveView) -> tuple[Job, dict[str
         with transfer_bar("weights", view.console) as bar:
             model = stage_model(ready.plan, ready.catalog, ready.places, weights=True, progress=bar)
         return replace(ready.job, model=model.path), {}
-    import ray
-
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = open_mailbox()
     moved: dict[str, tuple[int, int]] = {}  # node → bytes done, bytes in all
 
     keys = keys_of(ready.job)
@@ -118,14 +118,34 @@ def stage_shared(cluster: Cluster, args: tuple[Any, ...], function: Callable[...
 
 
 def stage_on_node(
-    plan_json: Mapping[str, Any], keys: Mapping[str, str], mailbox: Any, sharer: Sharer | None = None
+    plan_json: Mapping[str, Any], keys: Mapping[str, str], mailbox: Any | None = None, sharer: Sharer | None = None
 ) -> dict[str, str]:
-    """Runs on a node: fetch the weights into its cache. Its folders: of the model, and of what was sent (`keys`)."""
+    """Runs on a node: fetch the weights into its cache. Its folders: of the model, and of what was sent (`keys`).
+    `mailbox`: who is told how far it is."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
     places = Places(catalog, plan.storage, plan.backends)
-    model = stage_model(plan, catalog, places, weights=True, progress=telling(mailbox), sharer=sharer)
+    progress = telling(mailbox) if mailbox is not None else None
+    model = stage_model(plan, catalog, places, weights=True, progress=progress, sharer=sharer)
     return {"model": str(model.path), **{name: str(cache_folder() / key) for name, key in keys.items()}}
+
+
+def joining_of(ready: Ready, target: Place) -> Joining:
+    """What nodes get that join later: the checks of preflight, the data and the weights."""
+    keys = keys_of(ready.job)
+    # The description of the run lies there already: a node that does not see it has another folder than the driver.
+    seen = "" if target.backend.shared_by_nodes() else (target / DESCRIPTION).path
+    return Joining(partial(prepare_node, ready.plan.to_json(), keys, seen, ready.checkpoint_bytes), list(keys.values()))
+
+
+def prepare_node(
+    plan_json: Mapping[str, Any], keys: Mapping[str, str], seen: str, checkpoint_bytes: int
+) -> dict[str, str]:
+    """Runs on a node that joined. Raises LlmftError."""
+    problems = node_problems(plan_json, seen, checkpoint_bytes)
+    if problems:
+        raise LlmftError(f"this node joined later, and cannot train: {'; '.join(problems)}")
+    return stage_on_node(plan_json, keys)
 
 
 def train(
@@ -169,8 +189,8 @@ def follow(
     folder = Path(tempfile.mkdtemp(prefix=f"{ready.plan.name}-", dir=trackers_folder))
     trackers = Trackers(tracker_list(ready), view.warn)
     keeper = Keeper(folder, target, view.warn)
-    outcome = Outcome(ready.plan.storage, adapter=ready.share.adapter)
     started = time.monotonic()
+    outcome = Outcome(ready.plan.storage, stepped=started, adapter=ready.share.adapter)
 
     def on_event(event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
@@ -219,7 +239,7 @@ def follow(
         with keeper:
             try:
                 with view:
-                    launch(ready.job, ready.cluster, folders, on_event, stop)
+                    launch(ready.job, ready.cluster, folders, joining_of(ready, target), on_event, stop)
             finally:
                 trackers.finish()
     finally:
@@ -228,9 +248,13 @@ def follow(
 
 
 def restart_line(outcome: Outcome, step: int) -> str:
-    """What a failure cost."""
+    """What a failure cost, which is kept for the summary too."""
     lost = [seconds for done, seconds in outcome.lately if done > step]
     outcome.lately.clear()
+    outcome.restarts += 1
+    outcome.lost_steps += len(lost)
+    outcome.lost_seconds += sum(lost)
+    outcome.stands = True
     return (
         f"the workers were started again and go on after optimizer step {step}: "
         f"{words.counted(len(lost), 'step')} of {words.duration(sum(lost))} are done again"
@@ -255,6 +279,11 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
     outcome.data_seconds += metrics["train/data_seconds"]
     outcome.lately.append((event["step"], metrics["train/step_seconds"]))
+    now = time.monotonic()
+    if outcome.stands:
+        outcome.stood += max(0.0, now - outcome.stepped - metrics["train/step_seconds"])
+        outcome.stands = False
+    outcome.stepped = now
 
 
 def tracker_list(ready: Ready) -> list[Tracker]:

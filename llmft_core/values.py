@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -82,6 +82,22 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
+class WorkerRange:
+    """How many workers a run may have. Where both numbers are equal, it has so many and waits until it does."""
+
+    fewest: int
+    most: int
+
+    @property
+    def sizes(self) -> range:
+        """Every number that there may be."""
+        return range(self.fewest, self.most + 1)
+
+    def __str__(self) -> str:
+        return str(self.most) if self.fewest == self.most else f"{self.fewest}:{self.most}"
+
+
+@dataclass(frozen=True)
 class Placement:
     """How one training job is laid out, equal on all ranks.
 
@@ -102,6 +118,13 @@ class Placement:
     def global_batch(self) -> int:
         """Rows in one optimizer step."""
         return self.world_size * self.micro_batch * self.accumulation
+
+    def for_world_size(self, world_size: int, micro_batch: int) -> Placement:
+        """The same global batch on another number of ranks, which divides it: in the largest micro-batches of at most
+        `micro_batch` rows that divide a rank's share."""
+        share = self.global_batch // world_size
+        rows = max(rows for rows in range(1, min(share, micro_batch) + 1) if share % rows == 0)
+        return replace(self, world_size=world_size, micro_batch=rows, accumulation=share // rows)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,17 @@ class Outcome:
     """(optimizer steps done, seconds) of each step since the last state: what a failure now would cost."""
     adapter: bool = False
     """Whether the checkpoints are adapters."""
+    restarts: int = 0
+    """How often the workers were started again after a failure."""
+    lost_steps: int = 0
+    """Optimizer steps that were done again after it, and their seconds."""
+    lost_seconds: float = 0.0
+    stepped: float = 0.0
+    """When the last optimizer step was reported, on the monotonic clock; at first, when training began."""
+    stands: bool = False
+    """Whether no step has been reported since a failure."""
+    stood: float = 0.0
+    """Seconds between the last optimizer step before each failure and the first one after it."""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -56,6 +67,12 @@ def summary(outcome: Outcome) -> list[str]:
     if outcome.data_seconds > WORTH_TELLING * stepping:
         lines.append(f"training waited for batches {words.share(outcome.data_seconds / stepping)} of its steps' time")
     lines.append(stall_line(outcome))
+    if outcome.restarts:
+        lines.append(
+            f"the workers were started again {words.counted(outcome.restarts, 'time')}: "
+            f"{words.counted(outcome.lost_steps, 'step')} of {words.duration(outcome.lost_seconds)} done again, "
+            f"{words.duration(outcome.stood)} without training"
+        )
     if outcome.best is not None:
         loss = outcome.best["metrics"]["eval/loss"]
         lines.append(f"best checkpoint: {outcome.best['uri']} (evaluation loss {loss:.4f})")

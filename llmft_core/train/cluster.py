@@ -114,7 +114,7 @@ def start(cluster: Cluster, workers: int, *, debug: bool) -> Cluster:
             include_dashboard=False,
             **_logging(debug),
         )
-    return Cluster("local", _nodes())
+    return Cluster("local", nodes_now())
 
 
 def _connected(address: str, debug: bool) -> Cluster:
@@ -129,7 +129,7 @@ def _connected(address: str, debug: bool) -> Cluster:
         ray.init(address=address, **_logging(debug))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{where} ({' '.join(str(error).split())[:200]}): {hint}") from None
-    return Cluster(address, _nodes())
+    return Cluster(address, nodes_now())
 
 
 def _logging(debug: bool) -> dict[str, Any]:
@@ -145,9 +145,12 @@ def _logging(debug: bool) -> dict[str, Any]:
     }
 
 
-def _nodes() -> tuple[Node, ...]:
+def nodes_now() -> tuple[Node, ...]:
+    """The nodes of the cluster that are alive; none once this process has left it."""
     import ray
 
+    if not ray.is_initialized():
+        return ()
     alive = [node for node in ray.nodes() if node["Alive"]]
     return tuple(
         Node(
@@ -162,7 +165,7 @@ def _nodes() -> tuple[Node, ...]:
 
 def without(cluster: Cluster, leaving: Sequence[str]) -> Cluster:
     """What is there now of a cluster elsewhere, without the nodes of these ids."""
-    return Cluster(cluster.address, tuple(node for node in _nodes() if node.id not in leaving))
+    return Cluster(cluster.address, tuple(node for node in nodes_now() if node.id not in leaving))
 
 
 def on_each_node(cluster: Cluster, function: Callable[..., Any], *args: Any) -> dict[Node, Any]:
@@ -227,11 +230,8 @@ def capacity_problems(plan: RunPlan, cluster: Cluster) -> list[Problem]:
     """A cluster that can never hold the workers would let a run wait for ever."""
     if cluster.address in ("", "local"):
         return []
-    wanted, there, unit = (
-        (plan.workers or 0, cluster.gpus, "GPUs")
-        if plan.gpus_per_worker
-        else (plan.workers or 0, cluster.cpus, "cores")
-    )
+    wanted = plan.worker_range.fewest if plan.worker_range else 0
+    there, unit = (cluster.gpus, "GPUs") if plan.gpus_per_worker else (cluster.cpus, "cores")
     if wanted <= there:
         return []
     return [Problem("workers", f"{wanted} workers need {wanted} {unit}; the cluster at {cluster.address} has {there}")]

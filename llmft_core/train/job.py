@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmft_core.errors import LlmftError
 from llmft_core.plan import RunPlan
-from llmft_core.values import Placement
+from llmft_core.values import Placement, WorkerRange
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ class Job:
     def _ends(self) -> list[int]:
         return list(accumulate(self.epoch_steps))
 
+    def for_world_size(self, world_size: int) -> Job:
+        """The job on so many ranks. Raises LlmftError where the plan does not have so many."""
+        allowed = self.plan.worker_range or WorkerRange(self.placement.world_size, self.placement.world_size)
+        if world_size == self.placement.world_size:
+            return self
+        if world_size not in allowed.sizes:
+            raise LlmftError(f"there are {world_size} workers, and the plan has {allowed}")
+        micro_batch = self.plan.micro_batch or self.placement.micro_batch
+        return replace(self, placement=self.placement.for_world_size(world_size, micro_batch))
+
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
         return {
@@ -111,6 +122,7 @@ class Reporter(Protocol):
         `uri`, `step`, `seconds`, `bytes`), stall (`seconds` for which a checkpoint or state held training, of them
         `waited` for the one before), removed (`name` of a checkpoint that is not kept), restarted (`step` after which
         training goes on), hung (a rank that does not get on, before its process ends: `rank`, `host`, `step`, `doing`,
-        `stage`, `seconds`, `at`, `waiting`, `stack`); under Ray also rank (`rank`, `host`), failed (`ranks` that were
-        lost), preempted (ids of `nodes` that are taken away in `seconds` or None), and error (`message`, `rank`,
+        `stage`, `seconds`, `at`, `waiting`, `stack`); under Ray also rank (`rank`, `host`, `node`, `world_size`),
+        joined (`node` that wants the prepared data), failed (`deaths`: rank → how its process ended, empty for a Python
+        error), preempted (ids of `nodes` that are taken away in `seconds` or None), and error (`message`, `rank`,
         `ours`: whether it is an LlmftError). From the driver itself: stopping (`text`)."""

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmft_core.errors import LlmftError, one_line
-from llmft_core.train.cluster import Cluster, capacity_problems, without
-from llmft_core.train.failures import Watch
+from llmft_core.train.cluster import Cluster, capacity_problems, nodes_now, without
+from llmft_core.train.failures import Watch, how_it_died
 from llmft_core.train.job import Job
-from llmft_core.train.mailbox import Mailbox, MailboxReporter, MailReader, OnEvent
+from llmft_core.train.joining import Joining
+from llmft_core.train.mailbox import MailboxReporter, MailReader, OnEvent, open_mailbox
 from llmft_core.train.stopping import Lookout, Stop
+from llmft_core.values import WorkerRange
 
 
-def launch(job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], on_event: OnEvent, stop: Stop) -> None:
-    """Train, and return when the last checkpoint is complete. `folders` has each node's copies by node id.
+def launch(
+    job: Job,
+    cluster: Cluster,
+    folders: Mapping[str, Mapping[str, str]],
+    joining: Joining,
+    on_event: OnEvent,
+    stop: Stop,
+) -> None:
+    """Train, and return when the last checkpoint is complete. `folders` has each node's copies by node id; `joining`
+    is for nodes that are not among them.
 
     Raises LlmftError when a rank failed, Interrupted after Ctrl-C or SIGTERM: what was complete by then is in it.
     """
-    watch = Watch(on_event, job, stop, {node.id: node.host for node in cluster.nodes})
+    watch = Watch(on_event, job, stop, {node.id: node.host for node in cluster.nodes}, nodes_now)
     try:
         if cluster.address == "":
             train_in_process(job, watch, stop)
         else:
-            train_on_ray(job, cluster, folders, watch, stop)
+            train_on_ray(job, cluster, folders, joining, watch, stop)
     except KeyboardInterrupt:
         raise stop.interrupted(watch.stopped()) from None
     if stop.asked() and watch.unfinished:
@@ -100,15 +111,21 @@ def rank_main(config: dict[str, Any]) -> None:
     if ray.get(config["mailbox"].is_given_up.remote()):
         return
     node = ray.get_runtime_context().get_node_id()
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     reporter = MailboxReporter(config["mailbox"])
-    reporter.send({"kind": "rank", "rank": rank, "host": socket.gethostname()})
+    began = {"rank": rank, "host": socket.gethostname(), "node": node, "world_size": world_size}
+    reporter.send({"kind": "rank", **began})
     try:
-        if node not in config["folders"]:
-            raise LlmftError("this node joined the cluster after the run was prepared: start the run again")
-        job = Job.from_json({**config["job"], **config["folders"][node]})
+        again = ray.get(config["mailbox"].begins_again.remote(rank))
+        folders = config["folders"].get(node)
+        if folders is None:
+            if context.get_local_rank() == 0:
+                reporter.send({"kind": "phase", "text": "a node joined: it gets the prepared data and the weights"})
+            folders = config["joining"].folders(node, config["mailbox"])
+        job = Job.from_json({**config["job"], **folders}).for_world_size(world_size)
         with Lookout(config["mailbox"], reporter.send) if rank == 0 else nullcontext() as lookout:
-            train_rank(job, rank, reporter, lookout.asked if lookout is not None else lambda: False)
+            train_rank(job, rank, reporter, lookout.asked if lookout is not None else lambda: False, again=again)
     except Exception as error:
         ours = isinstance(error, LlmftError)
         text = one_line(error) if ours else f"{type(error).__name__}: {one_line(error)}"
@@ -119,21 +136,36 @@ def rank_main(config: dict[str, Any]) -> None:
 
 
 def train_on_ray(
-    job: Job, cluster: Cluster, folders: Mapping[str, Mapping[str, str]], watch: Watch, stop: Stop
+    job: Job,
+    cluster: Cluster,
+    folders: Mapping[str, Mapping[str, str]],
+    joining: Joining,
+    watch: Watch,
+    stop: Stop,
 ) -> None:
     """Ray Train V2. Its own checkpoints are not used: our marker is the truth, and our uploads are verified."""
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = open_mailbox()
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # seconds count there; the default is 5
+    workers = job.plan.worker_range or WorkerRange(job.placement.world_size, job.placement.world_size)
+    elastic = workers.fewest != workers.most
+    if elastic:  # Ray Train's picture of the cluster is up to 20 s old: it finds out by trying
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+
+    def handle(event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            mailbox.answer.remote(event["node"], joining.send(event["node"], cluster))
+        else:
+            watch.handle(event)
 
     class TellFailures(UserCallback):  # type: ignore[misc]
         """Runs in Ray Train's controller: `fit` says nothing of failures that were survived."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            mailbox.put.remote({"kind": "failed", "ranks": sorted(worker_exceptions)})
+            deaths = {rank: how_it_died(one) for rank, one in sorted(worker_exceptions.items())}
+            mailbox.put.remote({"kind": "failed", "deaths": deaths})
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -150,9 +182,11 @@ def train_on_ray(
         make_trainer = partial(
             Trainer,
             rank_main,
-            train_loop_config={"job": job.to_json(), "folders": dict(folders), "mailbox": mailbox},
+            train_loop_config={"job": job.to_json(), "folders": dict(folders), "joining": joining, "mailbox": mailbox},
             scaling_config=ScalingConfig(
-                num_workers=job.placement.world_size,
+                num_workers=(workers.fewest, workers.most) if elastic else workers.most,
+                # Only where workers start anyway: to stop a run for one node more costs what was done since its state.
+                elastic_resize_monitor_interval_s=math.inf,
                 use_gpu=on_gpu,
                 resources_per_worker={"CPU": threads(cluster, job), **({"GPU": 1} if on_gpu else {})},
             ),
@@ -162,14 +196,13 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=job.plan.max_failures),
                 callbacks=[TellFailures()],
             ),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                timeout_s=max(3600, round(2 * job.plan.step_timeout)),
+            torch_config=torch_config(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", max(3600, round(2 * job.plan.step_timeout))
             ),
         )
 
         def fit() -> None:
-            reader = MailReader(mailbox, watch.handle)
+            reader = MailReader(mailbox, handle, watch.look)
             reader.start()
             try:
                 make_trainer().fit()
@@ -195,6 +228,30 @@ def check_room(job: Job, cluster: Cluster, watch: Watch) -> None:
     """Raises LlmftError where the nodes that are not taken away cannot hold the ranks: Ray would wait for ever."""
     for problem in capacity_problems(job.plan, without(cluster, watch.leaving)):
         raise LlmftError(f"{watch.taken()}, and without it {problem.reason}; stopped{watch.stopped()}")
+
+
+def torch_config(backend: str, timeout: int) -> Any:
+    """Ray Train's set-up of the process group, which survives workers that Ray's memory monitor killed: Ray 2.60 asks
+    them to leave the group, gets an OutOfMemoryError, which is no RayActorError, and ends the run with
+    `max_failures` left. `timeout`: seconds of a collective."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        """What ends with its process need not be left."""
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            with suppress(OutOfMemoryError):
+                super().on_shutdown(worker_group, backend_config)
+
+    class Config(TorchConfig):  # type: ignore[misc]
+        """The same with that backend."""
+
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend=backend, timeout_s=timeout)
 
 
 def threads(cluster: Cluster, job: Job) -> int:

@@ -18,6 +18,8 @@ class Mailbox:
         self.events: list[dict[str, Any]] = []
         self.given_up = False
         self.stopping = False
+        self.begun: set[int] = set()  # ranks
+        self.answers: dict[str, str] = {}
 
     def put(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -36,9 +38,32 @@ class Mailbox:
         """Whether `stop` was called."""
         return self.stopping
 
+    def begins_again(self, rank: int) -> bool:
+        """Whether this rank has begun before: the launcher has started the ranks again. Asked once by each."""
+        again = rank in self.begun
+        self.begun.add(rank)
+        return again
+
+    def answer(self, node: str, text: str) -> None:
+        """The driver has sent the data to a node that joined; or why it could not."""
+        self.answers[node] = text
+
+    def answer_to(self, node: str) -> str | None:
+        """What the driver answered to that node; None: nothing yet."""
+        return self.answers.get(node)
+
     def take(self) -> list[dict[str, Any]]:
         taken, self.events = self.events, []
         return taken
+
+
+def open_mailbox() -> Any:
+    """A mailbox on the driver's own node: it must not go with a node that is lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
 
 
 class MailboxReporter:
@@ -62,9 +87,10 @@ class MailboxReporter:
 class MailReader(threading.Thread):
     """Takes events out of the mailbox while `fit()` holds the main thread (Ray handles Ctrl-C only there)."""
 
-    def __init__(self, mailbox: Any, handle: OnEvent) -> None:
+    def __init__(self, mailbox: Any, handle: OnEvent, idle: Callable[[], None] = lambda: None) -> None:
+        """`idle` is called after each look into the mailbox."""
         super().__init__(name="llmft-mail", daemon=True)
-        self.mailbox, self.handle = mailbox, handle
+        self.mailbox, self.handle, self.idle = mailbox, handle, idle
         self.done = threading.Event()
         self.failure: BaseException | None = None
 
@@ -75,6 +101,7 @@ class MailReader(threading.Thread):
             while not self.done.wait(POLL_SECONDS):
                 for event in ray.get(self.mailbox.take.remote()):
                     self.handle(event)
+                self.idle()
         except BaseException as error:  # noqa: BLE001 - raised again by finish(), in the main thread
             self.failure = error
 

@@ -32,9 +32,17 @@ from llmft_core.train.watchdog import Watchdog
 from llmft_core.weights.cache import cache_folder
 
 
-def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToStop = lambda: False) -> None:
+def train_rank(
+    job: Job,
+    rank: int,
+    reporter: Reporter,
+    asked_to_stop: AskedToStop = lambda: False,
+    *,
+    again: bool = False,
+) -> None:
     """Train this rank's part, to the end or until rank 0 is asked to stop; returns when all that was begun is complete
-    in storage. The default process group exists and has the placement's world size.
+    in storage. The default process group exists and has the placement's world size. `again`: the launcher has started
+    the ranks again.
 
     Raises LlmftError for whatever a user can act on.
     """
@@ -45,7 +53,7 @@ def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToSt
     catalog = Catalog(load_plugins(plan.disable_plugin))
     places = Places(catalog, plan.storage, plan.backends)
     run = places.runs() / plan.name
-    job = as_it_stands(job, run, rank, reporter)
+    job = as_it_stands(job, run, rank, reporter, again=again)
     strategy: Strategy = catalog.create("strategy", plan.strategy or {})
     method: Method = catalog.create("method", plan.method)
     data = PreparedData.open(job.data)
@@ -93,22 +101,21 @@ def train_rank(job: Job, rank: int, reporter: Reporter, asked_to_stop: AskedToSt
         engine.finish()
 
 
-def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter) -> Job:
+def as_it_stands(job: Job, run: Place, rank: int, reporter: Reporter, *, again: bool) -> Job:
     """The job, or where it goes on after the launcher has started the ranks again: from the newest state that was
-    written since the launch, or as the launch began. Collective."""
+    written since the launch, or as the launch began. Rank 0's `again` counts. Collective."""
     answer: list[Resume | None] = [None]
-    if rank == 0:
+    if rank == 0 and again:
         began = job.resume or Resume("", 0, 0, 0)
         numbers = next_numbers(run)
-        if (numbers["state"], numbers["checkpoint"]) != (began.next_state, began.next_checkpoint):
-            sweep(run)  # of the ranks that are gone
-            place = newest_state(run, began.next_state)
-            again = began
-            if place is not None:
-                progress = open_state(place).progress
-                again = replace(began, state=place.uri, step=progress.step, guards=progress.guards)
-            answer = [replace(again, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])]
-            reporter.send({"kind": "restarted", "step": again.step})
+        sweep(run)  # of the ranks that are gone
+        place = newest_state(run, began.next_state)
+        onward = began
+        if place is not None:
+            progress = open_state(place).progress
+            onward = replace(began, state=place.uri, step=progress.step, guards=progress.guards)
+        answer = [replace(onward, next_state=numbers["state"], next_checkpoint=numbers["checkpoint"])]
+        reporter.send({"kind": "restarted", "step": onward.step})
     dist.broadcast_object_list(answer, src=0)
     return job if answer[0] is None else replace(job, resume=answer[0])
 

@@ -268,8 +268,7 @@ address, model, url = sys.argv[1:]
 backends = {"s3": {"endpoint-url": url}}
 plan = RunPlan.model_validate({"model": model, "strategy": "ddp", "backends": backends})
 found = _connected(address, debug=False)
-import ray
-mailbox = ray.remote(num_cpus=0)(run.Mailbox).remote()
+mailbox = run.open_mailbox()
 try:
     run.stage_shared(found, (plan.to_json(), {}, mailbox), run.stage_on_node)
 except LlmftError as error:

@@ -3,63 +3,83 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import re
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
-from command import llmft, llmft_path
+import pytest
+from background import BackgroundRun, background_run
+from command import llmft
 
 RUN = ["--workers", "2", "--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8"]
-RUN += ["--epochs", "6", "--checkpoint.every-epochs", "1", "--strategy", "zero-2", "--state.every-steps", "2"]
+RUN += ["--strategy", "zero-2", "--state.every-steps", "2"]
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    family = psutil.Process(process.pid).children(recursive=True)
-    return [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())]
+def last_weights(runs: Path, name: str) -> bytes:
+    return sorted(runs.glob(f"{name}/checkpoint_*/model.safetensors"))[-1].read_bytes()
+
+
+def losses(runs: Path, name: str) -> list[tuple[int, float]]:
+    lines = (runs / name / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["train/loss"]) for line in map(json.loads, lines)]
 
 
 def test_killed_workers_are_started_again_and_nothing_is_different(tmp_path: Path) -> None:
-    straight = llmft("run", *RUN, "--name", "straight", folder=tmp_path)
+    flags = [*RUN, "--epochs", "6", "--checkpoint.every-epochs", "1"]
+    straight = llmft("run", *flags, "--name", "straight", folder=tmp_path)
     assert straight.code == 0, straight.err
-    log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [llmft_path(), "run", *RUN, "--name", "killed", "--max-failures", "2"],
-            cwd=tmp_path,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ,
-        )
-    try:
+    with background_run("run", *flags, "--name", "killed", "--max-failures", "3", folder=tmp_path) as running:
+        running.wait_for("loading the model")
+        running.workers()[0].kill()
         for number in range(2):
-            deadline = time.monotonic() + 300
-            while f"state_{3 * number + 1:05d} complete" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.02)
-            workers_of(process)[number].kill()
-        assert process.wait(300) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                one.kill()
-            process.wait()
-    text = log.read_text()
-    assert (
-        len(re.findall(r"warning: rank .* failed or was lost; `llmft resume \S+killed` goes on from state", text)) == 2
-    )
-    assert len(re.findall(r"go on after optimizer step \d+: \d+ steps? of .* done again", text)) == 2
+            running.wait_for(f"state_{3 * number + 1:05d} complete")
+            running.workers()[number].kill()
+        assert running.ended() == 0, running.text
+    text = running.text
+    died = r"^warning: rank \d on \S+: the process was killed or its machine is gone; "
+    assert len(re.findall(rf"{died}no checkpoint was complete yet$", text, re.M)) == 1
+    assert len(re.findall(rf"{died}`llmft resume \S+killed` goes on from state_\d+$", text, re.M)) == 2
+    assert len(re.findall(r"go on after optimizer step 0: 0 steps of .* are done again", text)) == 1
+    assert len(re.findall(r"go on after optimizer step [^0]\d*: \d+ steps? of .* are done again", text)) == 2
+    assert re.search(r"^the workers were started again 3 times: \d+ steps? of .* done again, .* without", text, re.M)
     runs = tmp_path / "llmft-runs" / "runs"
-    weights = {name: sorted(runs.glob(f"{name}/checkpoint_*/model.safetensors"))[-1] for name in ("straight", "killed")}
-    assert weights["straight"].read_bytes() == weights["killed"].read_bytes()
-    losses = {
-        name: [
-            (line["step"], line["train/loss"])
-            for line in map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
-        ]
-        for name in weights
-    }
-    assert losses["killed"] == losses["straight"]
+    assert last_weights(runs, "straight") == last_weights(runs, "killed")
+    assert losses(runs, "straight") == losses(runs, "killed")
+
+
+KILLS = 10
+
+
+@pytest.mark.slow
+def test_after_ten_kills_at_random_the_weights_are_those_of_a_run_that_nobody_disturbed(tmp_path: Path) -> None:
+    flags = [*RUN, "--epochs", "60", "--checkpoint.every-epochs", "0"]
+    straight = llmft("run", *flags, "--name", "straight", folder=tmp_path)
+    assert straight.code == 0, straight.err
+    chance = random.Random(5)
+    arguments = ["run", *flags, "--name", "killed", "--max-failures", str(KILLS)]
+    with background_run(*arguments, folder=tmp_path) as running:
+        for number in range(KILLS):
+            states = chance.randint(0, 6)  # 0: it is not even known whether the first step was done
+            wait_for_times(running, r"^… loading the model$", number + 1)
+            wait_for_times(running, r"^state_\d+ complete", states + times(running, r"^state_\d+ complete"))
+            time.sleep(chance.uniform(0, 0.5))
+            chance.choice(running.workers()).kill()
+        assert running.ended() == 0, running.text
+    assert times(running, r"^warning: .* go on after optimizer step \d+: ") == KILLS
+    runs = tmp_path / "llmft-runs" / "runs"
+    assert last_weights(runs, "straight") == last_weights(runs, "killed")
+    assert losses(runs, "straight") == losses(runs, "killed")
+
+
+def times(running: BackgroundRun, line: str) -> int:
+    return len(re.findall(line, running.text, re.M))
+
+
+def wait_for_times(running: BackgroundRun, line: str, wanted: int) -> None:
+    """Until the run has said such a line so often."""
+    deadline = time.monotonic() + 300
+    while times(running, line) < wanted:
+        assert running.process.poll() is None, running.text
+        assert time.monotonic() < deadline, running.text
+        time.sleep(0.02)
