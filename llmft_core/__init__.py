@@ -18,7 +18,6 @@ from llmft_core.extensions import (
     Strategy,
     Tracker,
     VerifiedUploads,
-    on_gpu,
 )
 from llmft_core.hookspecs import hookimpl
 from llmft_core.options import Options
@@ -70,5 +69,4 @@ __all__ = [
     "VerifiedUploads",
     "close_match",
     "hookimpl",
-    "on_gpu",
 ]
