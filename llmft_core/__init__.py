@@ -18,7 +18,6 @@ from llmft_core.extensions import (
     Strategy,
     Tracker,
     VerifiedUploads,
-    on_gpu,
 )
 from llmft_core.hookspecs import hookimpl
 from llmft_core.options import Options, comma_separated
@@ -75,5 +74,4 @@ __all__ = [
     "close_match",
     "comma_separated",
     "hookimpl",
-    "on_gpu",
 ]

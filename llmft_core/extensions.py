@@ -7,7 +7,7 @@ options on the driver, and again on every worker from the same plan, so it holds
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -252,16 +252,6 @@ ReadFragment = Callable[[str, str, int, "torch.Tensor"], None]
 """`read(name, kind, start, into)` fills `into` (1-d float32, any device) with the elements from `start` on."""
 
 
-def on_gpu(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of those of the tensors that lie on a GPU, memory that several of them share counted once."""
-    storages = {}
-    for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 class Engine(ABC):
     """One rank's hold on the model under one strategy. The loop and the export know only this."""
 
@@ -349,9 +339,10 @@ class Engine(ABC):
         and world size wrote it, reading no more than this rank holds. The weights that the model computes with follow
         the masters. All ranks call it."""
 
-    def held_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's GPU by what they are: `weights`, `gradients`, `optimizer` (masters and moments); {}
-        before `prepare`. It explains an out-of-memory error, so it allocates nothing. Not collective."""
+    def holdings(self) -> dict[str, list[torch.Tensor | None]]:
+        """What this rank keeps between forward passes, wherever it lies: `weights`, `gradients`, `optimizer` (masters
+        and moments); {} before `prepare`. It explains an out-of-memory error: it allocates nothing, and is not
+        collective."""
         return {}
 
     @abstractmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from llmft_core.extensions import Engine
 from llmft_core.plan import RunPlan
@@ -37,12 +39,20 @@ class GpuMemory:
 
 def measured(engine: Engine) -> GpuMemory:
     """Of this rank's GPU. What an engine that is not prepared holds is the model that is being loaded."""
-    import torch
-
     statistics = torch.cuda.memory_stats()
     peak = int(statistics["allocated_bytes.all.peak"])
-    held = engine.held_bytes() or {"weights": peak}
+    held = {kind: on_gpu(tensors) for kind, tensors in engine.holdings().items()} or {"weights": peak}
     return GpuMemory(peak, int(statistics["reserved_bytes.all.peak"]), torch.cuda.mem_get_info()[1], held)
+
+
+def on_gpu(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of those of the tensors that lie on a GPU, memory that several of them share counted once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def out_of_memory(plan: RunPlan, placement: Placement, memory: GpuMemory, host: str, said: str) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
+from tables import tiny_llama
+from transformers import AutoModelForCausalLM
+from widening import widen
 
-from llmft_core import Placement, on_gpu
+from llmft_core import Placement
 from llmft_core.plan import RunPlan
-from llmft_core.train.gpu_memory import GpuMemory, out_of_memory, remedies
+from llmft_core.train.gpu_memory import GpuMemory, on_gpu, out_of_memory, remedies
 
 GB = 10**9
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 LLAMA_7B = {"weights": 27 * GB, "gradients": 27 * GB}  # ddp, fp32, before the first step
 
 
@@ -75,6 +81,24 @@ def test_the_flags_are_those_that_free_most(
     found = asked(strategy, GpuMemory(78 * GB, 79 * GB, 85 * GB, held), **settings)
     assert found[: len(expected)] == expected
     assert len(found) <= 3
+
+
+def test_engines_tell_what_they_hold(tmp_path: Path) -> None:
+    base = str(tiny_llama(tmp_path / "base"))
+    choices: list[Any] = ["ddp", "zero-2", {"name": "zero-3", "offload": "all", "config": PARTITIONED}]
+    ranks = on_ranks(2, widen, 2, [(choice, base, 0) for choice in choices])
+    total = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    ddp, two, three = ([rank[number]["holdings"] for rank in ranks] for number in range(3))
+    for whole in (*ddp, *two):
+        assert whole["weights"] == total
+    assert all(kept == {"weights": total, "gradients": 0, "optimizer": 0} for kept in ddp)  # before the first step
+    padding = total // 100
+    for parts in (
+        [kept["weights"] for kept in three],
+        *([kept["optimizer"] for kept in kind] for kind in (two, three)),
+    ):
+        assert total <= sum(parts) <= total + padding
+        assert max(parts) <= total // 2 + padding
 
 
 def test_a_cpus_tensors_are_not_counted() -> None:

@@ -17,7 +17,6 @@ from llmft_core import (
     StepOutcome,
     Strategy,
     hookimpl,
-    on_gpu,
 )
 
 if TYPE_CHECKING:
@@ -176,13 +175,12 @@ class DdpEngine(Engine):
         inner: torch.optim.Optimizer = self._optimizer.optimizer
         return inner
 
-    def held_bytes(self) -> dict[str, int]:
+    def holdings(self) -> dict[str, list[torch.Tensor | None]]:
         if not hasattr(self, "_optimizer"):
             return {}
         parameters = list(self._bare.parameters())
         moments = [tensor for kept in self._adamw.state.values() for tensor in kept.values()]
-        kinds = {"weights": parameters, "gradients": [p.grad for p in parameters], "optimizer": moments}
-        return {kind: on_gpu(tensors) for kind, tensors in kinds.items()}
+        return {"weights": [*parameters], "gradients": [p.grad for p in parameters], "optimizer": moments}
 
     def finish(self) -> None:
         from accelerate.state import AcceleratorState
