@@ -198,6 +198,8 @@ def follow(
         elif event["kind"] == "warning":
             view.warn(event["text"])
         elif event["kind"] == "hung":
+            if ready.cluster.address == "":
+                view.progress.stop()  # this process is about to end: the terminal gets its cursor back
             name = f"step_{event['step']:05d}_hung_rank_{event['rank']:05d}.txt"
             uri = put_aside(target, view.warn)(name, event["stack"].encode())
             view.warn(

@@ -40,9 +40,9 @@ def put_aside(run: Place, warn: Callable[[str], None]) -> PutAside:
 
 
 def batch_lines(job: Job, table: TokenTable, rows: Rows, shares: Sequence[Sequence[float]]) -> bytes:
-    """JSONL, a sample a line: `step` is for the caller to name. `shares` (ranks, micro-batches of a rank) are the
-    micro-batches' shares of the step's loss; `loss` of a line is that of its micro-batch in nats per trained token,
-    "nan" or "inf" where it is not finite."""
+    """The global batch `rows` as JSONL, a sample a line, those of the micro-batch with the highest loss first. `shares`
+    (ranks, micro-batches of a rank) are the parts of the step's loss; the `loss` in a line is that of its micro-batch,
+    in nats per trained token, and "nan" or "inf" where it is not finite."""
     decode = decoder(job)
     found = []
     total = max(1, int(table.trained_counts[rows.samples].sum()))

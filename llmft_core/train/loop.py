@@ -104,8 +104,9 @@ def train(
         watchdog.at(step + 1, "the sum of the losses")
         dist.all_reduce(summed)
         loss, state_due, stopping = summed[0], bool(summed[1]), bool(summed[2])
-        watchdog.met()
+        watchdog.saving(step + 1, "the check of the step")  # it may write rows into storage
         guards.check(step, rows, float(loss), outcome, shares)
+        watchdog.met()
 
         seconds = time.perf_counter() - started
         latest = {

@@ -33,7 +33,7 @@ def test_a_worker_that_stands_still_is_named_and_replaced(tmp_path: Path) -> Non
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)
-        stopped = [one for one in family if "RayTrainWorker" in " ".join(one.cmdline())][0]
+        stopped = next(one for one in family if "RayTrainWorker" in " ".join(one.cmdline()))
         stopped.send_signal(signal.SIGSTOP)
         assert process.wait(400) == 0, log.read_text()
         assert not stopped.is_running()

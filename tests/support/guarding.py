@@ -48,7 +48,7 @@ def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
         engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
         if job.resume is not None:
-            restore_state(run / f"state_{0:05d}", engine)
+            restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         first = job.resume.step if job.resume else 0
         spoil(engine, rank, first, job.placement.accumulation, case["wrong"])
         recorder, error = Recorder(), ""
