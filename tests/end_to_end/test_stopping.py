@@ -17,7 +17,8 @@ from servers import S3Server
 
 STEPS = 40
 SHORT = ["--dataset.rows", "40", "--dataset.test-rows", "8", "--global-batch", "2", "--max-steps", str(STEPS)]
-LONG = ["--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "4", "--epochs", "1000"]
+# A step takes seconds.
+LONG = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "64", "--epochs", "1000"]
 NEVER = ["--checkpoint.every-epochs", "0", "--state.every-minutes", "0"]
 
 Start = Callable[..., Running]
@@ -98,6 +99,7 @@ def test_twice_stops_at_once(workers: str, start: Start, tmp_path: Path) -> None
     running = start(*LONG, *NEVER, "--workers", workers, "--name", "x")
     running.wait_for("step 1/")
     running.ctrl_c()
+    running.wait_for("stopping: ")
     running.ctrl_c()
     assert running.end() == 130, running.text
     assert "llmft: interrupted: stopped by the user after optimizer step " in running.text
