@@ -122,7 +122,8 @@ def test_a_worker_that_the_memory_monitor_kills_is_said_to_be_one(nodes: Nodes, 
     memory = psutil.virtual_memory()
     limit = (memory.total - memory.available + 3 * 2**30) / memory.total
     nodes.add("small", RAY_memory_usage_threshold=str(limit), RAY_memory_monitor_refresh_ms="100")
-    with background_run(*run_of(nodes, "1", "fat"), folder=tmp_path) as running:
+    # More than one, because others on this machine may take memory too.
+    with background_run(*run_of(nodes, "1", "fat"), "--max-failures", "3", folder=tmp_path) as running:
         running.wait_for("state_00001 complete")
         taken = []
         while "out of memory" not in running.text and running.process.poll() is None and len(taken) < 32:
