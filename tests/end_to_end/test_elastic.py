@@ -26,21 +26,24 @@ class Nodes:
 
     cluster: Any
     caches: Path
+    there: list[Any]
 
     def add(self, name: str, **variables: str) -> Any:
         """A node; its cache is its name's."""
         environment = {"LLMFT_CACHE": str(self.caches / name), **variables}
         node = self.cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=environment)
         self.cluster.wait_for_nodes()
+        self.there.append(node)
         return node
 
     def lose(self, node: Any) -> None:
         """As when a machine's power is cut."""
+        self.there.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def cluster() -> Iterator[Any]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before ray is imported: it stays on loopback
     from ray.cluster_utils import Cluster
@@ -49,10 +52,19 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     head["_system_config"] = {"health_check_period_ms": 1000}  # a lost node is found in 5 s rather than in 15
     started = Cluster(initialize_head=True, head_node_args=head)
     try:
-        yield Nodes(started, tmp_path_factory.mktemp("caches"))
+        yield started
     finally:
         started.shutdown()
         monkeypatch.undo()
+
+
+@pytest.fixture
+def nodes(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """None at first, and none afterwards."""
+    made = Nodes(cluster, tmp_path_factory.mktemp("caches"), [])
+    yield made
+    for node in list(made.there):
+        made.lose(node)
 
 
 def run_of(nodes: Nodes, workers: str, name: str) -> list[str]:
@@ -64,16 +76,15 @@ def steps_logged(run: Path) -> list[int]:
 
 
 def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
-    stays, goes = nodes.add("stays"), nodes.add("goes")
+    nodes.add("stays")
+    goes = nodes.add("goes")
     with background_run(*run_of(nodes, "1:2", "shrinks"), folder=tmp_path) as running:
         running.wait_for("state_00001 complete")
         nodes.lose(goes)
         assert running.ended() == 0, running.text
     text = running.text
     assert "2 of 1:2 on CPU" in text
-    assert re.search(
-        r"^warning: rank \d on \S+: the process was killed or its machine is gone; `llmft resume \S+shr", text
-    )
+    assert re.search(r"^warning: rank \d on \S+: the process was killed or its machine is gone; `llmft", text, re.M)
     assert re.search(r"^warning: rank \d on \S+: its node was lost$", text, re.M)
     assert "warning: 1 worker of --workers 1:2 now, instead of 2: " in text
     assert re.search(r"^warning: .* go on after optimizer step \d+: \d+ steps? of .* done again$", text, re.M)
@@ -81,18 +92,18 @@ def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "llmft-runs" / "runs" / "shrinks"
     assert steps_logged(run) == list(range(1, STEPS + 1))
     assert (run / "checkpoint_00000" / ".is_checkpoint").is_file()
-    nodes.lose(stays)
 
 
 def test_a_node_that_joins_replaces_a_lost_one(nodes: Nodes, tmp_path: Path) -> None:
-    first, second = nodes.add("first"), nodes.add("second")
+    nodes.add("first")
+    second = nodes.add("second")
     straight = llmft(*run_of(nodes, "2", "straight"), folder=tmp_path)
     assert straight.code == 0, straight.err
     with background_run(*run_of(nodes, "2", "replaced"), folder=tmp_path) as running:
         running.wait_for("state_00001 complete")
         nodes.lose(second)
         running.wait_for("its node was lost")
-        third = nodes.add("third")
+        nodes.add("third")
         assert running.ended() == 0, running.text
     assert "… a node joined: it gets the prepared data and the weights" in running.text
     assert "instead of" not in running.text
@@ -104,16 +115,15 @@ def test_a_node_that_joins_replaces_a_lost_one(nodes: Nodes, tmp_path: Path) -> 
         (runs / name / "checkpoint_00000" / "model.safetensors").read_bytes() for name in ("straight", "replaced")
     ]
     assert weights[0] == weights[1]
-    nodes.lose(first)
-    nodes.lose(third)
 
 
 def test_a_worker_that_the_memory_monitor_kills_is_said_to_be_one(nodes: Nodes, tmp_path: Path) -> None:
     """Ray's own monitor, with a limit 3 GB above what this machine uses now; this test takes them."""
     memory = psutil.virtual_memory()
     limit = (memory.total - memory.available + 3 * 2**30) / memory.total
-    small = nodes.add("small", RAY_memory_usage_threshold=str(limit), RAY_memory_monitor_refresh_ms="100")
-    with background_run(*run_of(nodes, "1", "fat"), folder=tmp_path) as running:
+    nodes.add("small", RAY_memory_usage_threshold=str(limit), RAY_memory_monitor_refresh_ms="100")
+    # More than one, because others on this machine may take memory too.
+    with background_run(*run_of(nodes, "1", "fat"), "--max-failures", "3", folder=tmp_path) as running:
         running.wait_for("state_00001 complete")
         taken = []
         while "out of memory" not in running.text and running.process.poll() is None and len(taken) < 32:
@@ -128,4 +138,3 @@ def test_a_worker_that_the_memory_monitor_kills_is_said_to_be_one(nodes: Nodes, 
         re.M,
     )
     assert steps_logged(tmp_path / "llmft-runs" / "runs" / "fat") == list(range(1, STEPS + 1))
-    nodes.lose(small)
