@@ -226,6 +226,17 @@ def test_a_broken_file_is_named(content: str | None, expected: str, tmp_path: Pa
     assert expected in str(caught.value)
 
 
+def test_what_says_nothing_takes_nothing_back() -> None:
+    config = {
+        "zero_optimization": {"offload_optimizer": None, "offload_param": {}},
+        "gradient_clipping": None,
+        "aio": {},
+    }
+    strategy = make("zero-3", offload="all", config=config)
+    assert said(strategy) == []
+    assert strategy.configuration(GPU) == make("zero-3", offload="all").configuration(GPU)
+
+
 def test_a_setting_by_its_other_name_is_not_lost() -> None:
     configuration = make("zero-3", config={"zero_optimization": {"prefetch_bucket_size": 5}}).configuration(GPU)
     assert configuration["zero_optimization"]["stage3_prefetch_bucket_size"] == 5
