@@ -41,6 +41,11 @@ class StrategyContract(ExtensionContract):
                 assert problem.reason
                 assert "\n" not in problem.reason
 
+    def test_whether_states_can_be_taken_is_said_in_one_line(self, extension: Strategy) -> None:
+        reason = extension.state_problem()
+        assert isinstance(reason, str)
+        assert "\n" not in reason
+
     def test_it_can_do_something(self, extension: Strategy, placements: list[Placement]) -> None:
         assert any(not extension.problems(placement) for placement in placements)
 

@@ -48,3 +48,15 @@ def test_offloading_changes_no_number_and_resumes_bit_for_bit(
     for straight, resumed in zip(found[::2], found[1::2], strict=True):
         assert resumed["loss"] == straight["loss"][AT:]
         assert straight["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+
+
+def test_another_strategy_and_world_size_go_on_from_an_offloaded_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    base, run = str(tiny_llama(tmp_path / "base", VOCABULARY)), str(tmp_path / "run")
+    offloaded = CHOICES["zero-3"][1]
+    (straight,) = on_ranks(2, train_on, [(offloaded, "fp32", base, 2, run, 0)])[0]
+    others: list[Any] = ["ddp", CHOICES["zero-2"][1], "zero-3", offloaded]
+    for resumed in on_ranks(1, train_on, [(choice, "fp32", base, 1, run, AT) for choice in others])[0]:
+        assert resumed["loss"] == pytest.approx(straight["loss"][AT:], rel=1e-5)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from llmft_core.catalog import Catalog
-from llmft_core.errors import Problems
+from llmft_core.errors import LlmftError, Problems
 from llmft_core.extensions import Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.placing import place
 from llmft_core.plan_layers import Layer, resolve
+from llmft_core.prepare import hidden_size
 from llmft_core.train.cluster import Cluster, Node
 from llmft_core.values import Placement
 from llmft_plugins.strategies import zero_file
+from llmft_plugins.strategies.zero import check_nvme
 
 CATALOG = Catalog(load_plugins())
 WIDTHS = {"7b": 4096, "13b": 5120, "70b": 8192}
@@ -71,6 +73,19 @@ def test_sizes_follow_the_model(model: str) -> None:
     two = make("zero-2").configuration(placement)["zero_optimization"]
     assert two["allgather_bucket_size"] == width * width
     assert not any(key.startswith("stage3") for key in two)
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"hidden_size": 64}, 64),
+        ({"n_embd": 768, "n_layer": 12}, 768),
+        ({"hidden_size": 9, "text_config": {"hidden_size": 2048}}, 2048),
+        ({"model_type": "odd"}, 0),
+    ],
+)
+def test_the_width_of_a_model_comes_from_its_config(config: dict[str, Any], width: int) -> None:
+    assert hidden_size(config) == width
 
 
 def test_offload_all_is_both_in_pinned_memory() -> None:
@@ -226,6 +241,17 @@ def test_a_broken_file_is_named(content: str | None, expected: str, tmp_path: Pa
     assert expected in str(caught.value)
 
 
+def test_what_says_nothing_takes_nothing_back() -> None:
+    config = {
+        "zero_optimization": {"offload_optimizer": None, "offload_param": {}},
+        "gradient_clipping": None,
+        "aio": {},
+    }
+    strategy = make("zero-3", offload="all", config=config)
+    assert said(strategy) == []
+    assert strategy.configuration(GPU) == make("zero-3", offload="all").configuration(GPU)
+
+
 def test_a_setting_by_its_other_name_is_not_lost() -> None:
     configuration = make("zero-3", config={"zero_optimization": {"prefetch_bucket_size": 5}}).configuration(GPU)
     assert configuration["zero_optimization"]["stage3_prefetch_bucket_size"] == 5
@@ -259,3 +285,12 @@ def test_the_keys_are_deepspeeds() -> None:
             assert last in {name for n, field in fields.items() for name in (n, field.alias)}, key
         else:
             assert last in top | {"activation_checkpointing", "data_efficiency"}, key
+
+
+def test_a_machine_that_cannot_offload_to_nvme_says_so(tmp_path: Path) -> None:
+    """On each machine by itself, before the model is loaded: DeepSpeed's own check, then the folder."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    reason = "is no folder that" if AsyncIOBuilder().is_compatible() else "asynchronous I/O does not work on"
+    with pytest.raises(LlmftError, match=reason):
+        check_nvme({"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "absent")}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from llmft_core import Placement, Problem, close_match
 
 AUTO = "auto"
 """transformers' and accelerate's word in such files for what they fill in; here: what the plan says."""
+SILENT: tuple[Any, ...] = (AUTO, None, {})
+"""Values that say nothing: the plan's stays."""
 
 DECIDED = {
     "train_batch_size": "--global-batch",
@@ -123,17 +126,17 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def says(config: Mapping[str, Any], path: str) -> Any:
-    """What a configuration says at a dotted path; None where it says nothing, or "auto"."""
-    return next((value for at, value in leaves(config) if at == path and value != AUTO), None)
+    """What a configuration says at a dotted path; None where it says nothing."""
+    return next((value for at, value in leaves(config) if at == path and value not in SILENT), None)
 
 
 def merge_file(file: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
     """The planned configuration with what the file adds. Sections for the optimizer and the schedule are not in it:
     `file_problems` has seen that they leave all to the plan."""
-    merged = {name: dict(value) if isinstance(value, Mapping) else value for name, value in planned.items()}
+    merged = copy.deepcopy(dict(planned))
     for path, value in leaves(file):
         *parents, last = path.split(".")
-        if value == AUTO or parents[:1] in (["optimizer"], ["scheduler"]):
+        if value in SILENT or parents[:1] in (["optimizer"], ["scheduler"]):
             continue
         section = merged
         for parent in parents:
@@ -159,7 +162,7 @@ def file_problems(
     ours.setdefault("fp16.enabled", False)
     for path, value in leaves(file):
         section, _, key = path.partition(".")
-        if value == AUTO:
+        if value in SILENT:
             continue
         if key and section in SINGLE:
             found.append(f"{path}: {section} is a single value, not a section")
@@ -178,7 +181,7 @@ def file_problems(
             found.append(f"{path} is {_shown(value)} in the file: {reason}")
     if (kind := says(file, "optimizer.type")) not in (None, "AdamW"):
         found.append(f"optimizer.type is {kind} in the file: llmft trains with AdamW")
-    found += _section_problems(merge_file(file, planned), planned) if not found else []
+    found += _section_problems(merge_file(file, planned)) if not found else []
     return [Problem("strategy.config", reason) for reason in found]
 
 
@@ -186,7 +189,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value)
 
 
-def _section_problems(merged: Mapping[str, Any], planned: Mapping[str, Any]) -> Iterator[str]:
+def _section_problems(merged: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed's own models of its sections say."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
