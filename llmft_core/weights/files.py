@@ -57,6 +57,11 @@ def read_config(folder: Path, origin: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else []
+        if "adapter_config.json" in found:
+            raise InputError(
+                f"model {origin}: it is an adapter, not a model: `llmft checkpoint merge {origin} --out FOLDER` makes "
+                "one of it and its base"
+            )
         raise InputError(
             f"model {origin}: no config.json in it ({', '.join(found) or 'nothing'} there); "
             "give the folder that holds config.json, *.safetensors and tokenizer files"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 from adapting import AT, TOTAL, VOCABULARY, train_adapter
 from ranks import on_ranks
+from servers import S3Server
 from tables import tiny_llama
 from toy_tokenizers import save_toy_tokenizer
+
+from llmft_core.cli.main import main
 
 STRATEGIES = ["ddp", "zero-2", "zero-3"]
 OPTIONS = {"rank": 4, "dropout": 0.1}
@@ -21,19 +26,20 @@ OPTIONS = {"rank": 4, "dropout": 0.1}
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_llama(tmp_path_factory.mktemp("base"))
     (folder / "tokenizer").mkdir()
-    save_toy_tokenizer(folder / "tokenizer")
+    save_toy_tokenizer(folder / "tokenizer", VOCABULARY)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Strategy → (the run's folder, each rank's answers: straight through, and from the middle on)."""
-    found = {}
-    for strategy in STRATEGIES:
-        run = tmp_path_factory.mktemp(strategy)
-        cases = [(strategy, "fp32", 2, str(base), str(run), OPTIONS, step) for step in (0, AT)]
-        found[strategy] = (run, on_ranks(2, train_adapter, cases))
-    return found
+    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in STRATEGIES}
+    cases = [(one, "fp32", 2, str(base), str(run), OPTIONS, step) for one, run in runs.items() for step in (0, AT)]
+    ranks = on_ranks(2, train_adapter, cases)
+    return {
+        strategy: (run, [answers[2 * number : 2 * number + 2] for answers in ranks])
+        for number, (strategy, run) in enumerate(runs.items())
+    }
 
 
 def test_all_strategies_train_the_same(trained: dict[str, Any]) -> None:
@@ -73,9 +79,9 @@ def test_all_that_is_trained_moves_also_the_rows_of_special_tokens(strategy: str
         assert (values != straight["began"][name]).any(axis=1).all(), "each row of them"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 under transformers 5.23
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_peft_itself_loads_what_was_trained(strategy: str, trained: dict[str, Any], base: Path) -> None:
-    import torch
     from peft import PeftModel
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -91,11 +97,95 @@ def test_peft_itself_loads_what_was_trained(strategy: str, trained: dict[str, An
     assert all(0 not in shape for shape in shapes.values())
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
-    adapted = PeftModel.from_pretrained(model, folder)
-    with torch.no_grad():
-        logits = adapted(torch.tensor([[1, 97, 5, 98, 99, 7, 100]])).logits.numpy()
-    # Rows that nobody trained: our mean against transformers' own new numbers, nowhere in this vocabulary.
+    logits = logits_of(PeftModel.from_pretrained(model, folder))
     np.testing.assert_allclose(logits, straight["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_merged_it_is_one_model_that_answers_as_base_and_adapter(
+    trained: dict[str, Any],
+    tmp_path: Path,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through a real S3 server: push the adapter, merge it there, fetch the whole model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, ((straight, _), _) = trained["zero-3"]
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    reach = ("--backends.s3.endpoint-url", s3_server.endpoint_url)
+    adapter, whole = (f"s3://{s3_server.bucket}/{name}/checkpoint_00000" for name in ("adapter", "whole"))
+
+    def llmft(*args: str) -> tuple[int, str, str]:
+        code = main([*args, *reach])
+        return code, *capsys.readouterr()
+
+    assert llmft("checkpoint", "pull", str(run / "checkpoint_00000"), str(tmp_path / "pulled"))[0] == 0
+    assert llmft("checkpoint", "push", str(tmp_path / "pulled"), adapter)[0] == 0
+    code, out, err = llmft("checkpoint", "merge", adapter, "--out", whole)
+    assert code == 0, err
+    assert whole in out
+    assert llmft("checkpoint", "verify", whole)[0] == 0
+    assert llmft("checkpoint", "pull", whole, str(tmp_path / "model"))[0] == 0
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", ".is_checkpoint"} <= names
+    assert not [name for name in names if name.startswith("adapter")]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model")) == VOCABULARY
+    np.testing.assert_allclose(logits_of(model), straight["logits"], rtol=1e-5, atol=1e-5)
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert manifest["step"] == TOTAL
+    assert manifest["provenance"]["merged"]["adapter"] == adapter
+    code, _, err = llmft("checkpoint", "merge", whole, "--out", f"{whole}-again")
+    assert (code, "whole model already" in err) == (2, True)
+    code, _, err = llmft("checkpoint", "merge", adapter, "--out", whole)
+    assert (code, "is not empty" in err) == (2, True)
+
+    question = ("how many", "--raw", "--max-new-tokens", "4")
+    asked = [llmft("generate", place, *question) for place in (adapter, whole)]
+    assert [code for code, _, _ in asked] == [0, 0], asked
+    assert asked[0][1] == asked[1][1]
+
+
+def test_another_base_is_refused(
+    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = trained["ddp"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "checkpoint_00000", "checkpoint_00000")
+    manifest = json.loads(Path("checkpoint_00000/manifest.json").read_text())
+    other = tiny_llama(tmp_path / "other", seed=1)
+    small = tiny_llama(tmp_path / "small", hidden_size=16)
+    for model, expected in (
+        (str(tmp_path / "gone"), "no such folder; give an existing folder, a hub id (owner/name) or a URI; --base"),
+        (str(other), "is not the model that"),
+    ):
+        manifest["provenance"]["plan"]["model"]["name"] = model
+        text = json.dumps(manifest).encode()
+        Path("checkpoint_00000/manifest.json").write_bytes(text)
+        vouched = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
+        Path("checkpoint_00000/.is_checkpoint").write_text(json.dumps(vouched))
+        capsys.readouterr()
+        assert main(["checkpoint", "merge", "checkpoint_00000", "--out", "whole"]) == 2
+        err = capsys.readouterr().err
+        assert expected in err
+        assert len(err.splitlines()) == 1
+        assert not Path("whole").exists()
+    assert main(["checkpoint", "merge", "checkpoint_00000", "--out", "whole", "--base", str(small)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "the adapter does not fit the base model" in line
+    assert not Path("whole").exists()
+
+
+def logits_of(model: Any) -> Any:
+    """Of the row that `train_adapter` asks about."""
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[1, 97, 5, 98, 99, 7, 100]])).logits.numpy()
 
 
 def test_the_manifest_says_what_was_trained(trained: dict[str, Any]) -> None:

@@ -194,3 +194,26 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(strategy: str, 
     plain, checkpointed = runs
     assert checkpointed.losses == pytest.approx(plain.losses, abs=BF16)
     assert checkpointed.peak < plain.peak
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero-2", "zero-3"])
+def test_an_adapter_takes_less_memory_and_runs_merged(
+    strategy: str, bf16: Callable[[str], Run], tmp_path: Path
+) -> None:
+    flags = (*BATCH, "--workers", "1", "--strategy", strategy, "--precision", "bf16", "--method", "lora")
+    done = run(tmp_path, *flags)
+    assert done.losses[0] == pytest.approx(bf16(strategy).losses[0], abs=BF16)
+    assert done.peak < bf16(strategy).peak
+    merged = llmft("checkpoint", "merge", str(done.checkpoint), "--out", "whole", folder=tmp_path)
+    assert merged.code == 0, merged.err
+    assert python(GENERATE, str(tmp_path / "whole"))[-1] == "torch.bfloat16 cuda:0"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero-2"])
+def test_an_adapter_on_four_bits(strategy: str, tmp_path: Path) -> None:
+    """What 4 bits lose is little beside what random weights do not know."""
+    pytest.importorskip("bitsandbytes")
+    flags = (*BATCH, "--workers", "1", "--strategy", strategy, "--precision", "bf16", "--method", "lora")
+    done = run(tmp_path, *flags, "--method.quantize", "nf4")
+    merged = llmft("checkpoint", "merge", str(done.checkpoint), "--out", "whole", folder=tmp_path)
+    assert merged.code == 0, merged.err

@@ -16,12 +16,13 @@ TEXTS = [
 ]
 
 
-def save_toy_tokenizer(folder: Path) -> None:
-    """A tokenizer of three entries, in the two files that every checkpoint has."""
+def save_toy_tokenizer(folder: Path, entries: int = 3) -> None:
+    """A tokenizer of a few words, in the two files that every checkpoint has."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "how": 1, "many": 2}, unk_token="<unk>"))
+    words = {"<unk>": 0, "how": 1, "many": 2, **{f"word{number}": number for number in range(3, entries)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
 
 

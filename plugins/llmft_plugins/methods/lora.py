@@ -7,6 +7,7 @@ Finetuning of Quantized LLMs" (4-bit weights, and adapters on all linear layers)
 from __future__ import annotations
 
 import importlib.util
+import socket
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class Lora(Method):
             return {"dtype": dtype}
         from transformers import BitsAndBytesConfig
 
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise LlmftError(f"bitsandbytes is missing on {socket.gethostname()}: pip install 'llmft[qlora]' there too")
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.options.quantize,
