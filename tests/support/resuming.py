@@ -77,6 +77,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     from llmft_core.loading import load_plugins
     from llmft_core.storage.places import Places
     from llmft_core.train.loop import train
+    from llmft_core.train.method import applied, setting_of
     from llmft_core.train.model import build_model
     from llmft_core.train.optimizer import optimizer_maker
     from llmft_core.train.state_saver import StateSaver
@@ -93,7 +94,9 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
             resume = Resume((place / "state_00000").uri, case.step, 7, 0)
             job = replace(job, resume=resume)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        setting = setting_of(job.plan, job.placement, (), catalog)
+        model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
+        engine.prepare(model, optimizer_maker(job.plan, "cpu"))
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         recorder = Recorder()
