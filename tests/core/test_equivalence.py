@@ -50,10 +50,11 @@ def test_the_losses_of_all_agree(cells: list[Cell], tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
     base = tiny_llama(tmp_path / "base", VOCABULARY)
     alone = losses(1, base, tmp_path / "run", list(dict.fromkeys([*REFERENCES, *cells])))
+    for precision, tolerance in TOLERANCES.items():  # what is trained shows
+        assert alone["ddp", precision, "full"] != pytest.approx(alone["ddp", precision, "lora"], rel=10 * tolerance)
     together = losses(2, base, tmp_path / "run", cells)
     for found in (alone, together):
         for (strategy, precision, method), values in found.items():
             reference = alone["ddp", precision, method]
             assert len(values) == STEPS
-            assert values[-1] < values[0]
             assert values == pytest.approx(reference, rel=TOLERANCES[precision]), (strategy, precision, method)
