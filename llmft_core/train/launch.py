@@ -120,8 +120,6 @@ def rank_main(config: dict[str, Any]) -> None:
         again = ray.get(config["mailbox"].begins_again.remote(rank))
         folders = config["folders"].get(node)
         if folders is None:
-            if context.get_local_rank() == 0:
-                reporter.send({"kind": "phase", "text": "a node joined: it gets the prepared data and the weights"})
             folders = config["joining"].folders(node, config["mailbox"])
         job = Job.from_json({**config["job"], **folders}).for_world_size(world_size)
         with Lookout(config["mailbox"], reporter.send) if rank == 0 else nullcontext() as lookout:
@@ -154,11 +152,15 @@ def train_on_ray(
     if elastic:  # Ray Train's picture of the cluster is up to 20 s old: it finds out by trying
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
 
+    joined: set[str] = set()  # node ids
+
     def handle(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined":
-            mailbox.answer.remote(event["node"], joining.send(event["node"], cluster))
-        else:
+        if event["kind"] != "joined":
             watch.handle(event)
+        elif event["node"] not in joined:  # each of its ranks asks, each time it is started
+            joined.add(event["node"])
+            watch.handle({"kind": "phase", "text": "a node joined: it gets the prepared data and the weights"})
+            mailbox.answer.remote(event["node"], joining.send(event["node"], cluster))
 
     class TellFailures(UserCallback):  # type: ignore[misc]
         """Runs in Ray Train's controller: `fit` says nothing of failures that were survived."""

@@ -52,8 +52,9 @@ KILLS = 10
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_after_ten_kills_at_random_the_weights_are_those_of_a_run_that_nobody_disturbed(tmp_path: Path) -> None:
-    flags = [*RUN, "--epochs", "60", "--checkpoint.every-epochs", "0"]
+    flags = [*RUN, "--epochs", "30", "--checkpoint.every-epochs", "0"]
     straight = llmft("run", *flags, "--name", "straight", folder=tmp_path)
     assert straight.code == 0, straight.err
     chance = random.Random(5)
