@@ -37,6 +37,7 @@ def main() -> None:
     from ranks import on_ranks
     from tables import tiny_llama
 
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # in the ranks: what is freed is no longer resident, in all modes
     found: dict[str, list[list[dict[str, float]]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory(prefix="llmft-export-") as scratch:
         folder = Path(scratch)
