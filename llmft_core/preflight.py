@@ -107,13 +107,13 @@ def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, checkpoint
     """Ask every node, by its host name: are the plan's plugins and the room for a checkpoint there, and is a
     local storage root really shared?
 
-    Called once the cluster is up and before a worker starts.
+    Called once the cluster is up and before a worker starts. Of this machine alone everything is known already.
     """
-    if cluster.address == "":
+    if cluster.address in ("", "local"):
         return []
     runs = places.runs()
     flag: Place | None = None
-    if cluster.address != "local" and not runs.backend.shared_by_nodes():  # even one node may be another machine
+    if not runs.backend.shared_by_nodes():  # even one node may be another machine
         flag = runs / f".llmft-shared-{socket.gethostname()}-{uuid.uuid4().hex}"
         write_bytes(flag, b"written by the driver to see whether all nodes share this folder\n")
     try:

@@ -76,17 +76,16 @@ def show_head(ready: Ready, view: LiveView) -> None:
 
 def stage(ready: Ready, cluster: Cluster, view: LiveView) -> tuple[Job, dict[str, dict[str, str]]]:
     """Weights and data onto every node, once a node. Returns the job with this node's folders, and all by node id."""
-    if cluster.address == "":
+    if cluster.address in ("", "local"):  # this machine: no task is needed, and what was prepared is in its cache
         with transfer_bar("weights", view.console) as bar:
             model = stage_model(ready.plan, ready.catalog, ready.places, weights=True, progress=bar)
-        return replace(ready.job, model=model.path), {}
+        return replace(ready.job, model=model.path), {node.id: {} for node in cluster.nodes}
     mailbox = open_mailbox()
     moved: dict[str, tuple[int, int]] = {}  # node → bytes done, bytes in all
 
     keys = keys_of(ready.job)
-    if cluster.address != "local":  # a Ray of our own is this machine: what its one node needs is in its cache already
-        view.phase("sending the prepared data to the nodes")
-        ship(cluster, list(keys.values()))
+    view.phase("sending the prepared data to the nodes")
+    ship(cluster, list(keys.values()))
     args = (ready.plan.to_json(), keys, mailbox)
     with transfer_bar(f"weights to {words.counted(len(cluster.working), 'node')}", view.console) as bar:
 

@@ -93,12 +93,12 @@ def gather(engine: Engine, layout: Layout, rank: int, keep: Keep) -> None:
             tensors = gather_adapter(engine, layout.adapter.adapter, shard.writer)
         else:
             tensors = engine.gathered(shard.names, layout.dtype, rank=shard.writer)
-        if rank != shard.writer:
-            continue
-        if layout.buffers and shard is layout.shards[0]:
-            buffers = persistent_buffers(engine.bare_model)
-            tensors |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-        keep(shard.file, tensors)
+        if rank == shard.writer:
+            if layout.buffers and shard is layout.shards[0]:
+                buffers = persistent_buffers(engine.bare_model)
+                tensors |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+            keep(shard.file, tensors)
+        del tensors  # else this file would still be in memory while the next one is gathered
 
 
 def written_dtype(plan: RunPlan) -> torch.dtype:

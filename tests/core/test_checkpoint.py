@@ -10,7 +10,7 @@ import pytest
 from ranks import on_ranks
 from tables import tiny_llama
 from toy_tokenizers import save_toy_tokenizer
-from training import VOCABULARY, save_once, train_and_export
+from training import VOCABULARY, export_both_ways, save_once, train_and_export
 
 from llmft_core.checkpoint.background import Background
 from llmft_core.checkpoint.export import Comparison, Exported, judge
@@ -68,6 +68,31 @@ def test_the_checkpoint_is_the_trained_model(
             (before.get_tensor(name).numpy() != trained[name][: before.get_slice(name).get_shape()[0]]).any()
             for name in moved
         )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "tied"), [("zero-3", "bf16", True), ("zero-3", "fp32", False), ("zero-2", "bf16", True)]
+)
+def test_files_of_several_ranks_are_what_accelerate_gathers_on_one(
+    strategy: str, precision: str, tied: bool, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    base, target = tiny_llama(tmp_path / "base", tie_word_embeddings=tied), tmp_path / "target"
+    target.mkdir()
+    gathered, nothing = on_ranks(2, export_both_ways, strategy, str(base), str(target), precision)
+    assert nothing == {}
+    written: dict[str, Any] = {}
+    for file in sorted(target.glob("*.safetensors")):
+        written |= load_file(file)
+    again = {"lm_head.weight"} if tied else set()
+    assert set(written) == set(gathered) - again
+    dtype = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[precision]
+    assert {str(tensor.dtype) for tensor in written.values()} == {dtype}
+    for name, tensor in written.items():
+        assert tensor.float().numpy().tobytes() == gathered[name].tobytes(), name
+    if tied:
+        assert gathered["lm_head.weight"].tobytes() == gathered["model.embed_tokens.weight"].tobytes()
 
 
 def test_without_room_for_a_copy_training_waits_and_the_checkpoint_is_the_same(base: Path, tmp_path: Path) -> None:

@@ -132,6 +132,32 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     return {name: tensor.float().numpy() for name, tensor in weights.items()}, exported, dict(layout.shapes)
 
 
+def export_both_ways(rank: int, strategy: str, base: str, target: str, precision: str) -> dict[str, Any]:
+    """A few steps, then the weights in files of several ranks, and all at once by accelerate, which this returns
+    (on rank 0)."""
+    from llmft_core.catalog import Catalog
+    from llmft_core.checkpoint.export import WeightWriter
+    from llmft_core.checkpoint.snapshot import gather, lay_out
+    from llmft_core.loading import load_plugins
+    from llmft_core.train.loop import train
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    job = job_for(strategy, Path(base), 2, 2, 2, precision=precision)
+    engine: Any = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(job.placement, rank)
+    engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+    train(job, engine, InMemory(TRAIN), rank, Recorder(), lambda *_: None)  # type: ignore[arg-type]
+    layout = lay_out(engine, job.plan, 2, max_shard=20_000)  # bytes: several files even of a tiny model
+    writer = WeightWriter(layout, Path(base), Path(target))
+    gather(engine, layout, rank, writer.write)
+    if strategy == "zero-3":
+        engine.model._config.zero_config.gather_16bit_weights_on_model_save = True
+    whole = engine.accelerator.get_state_dict(engine.model)
+    found = {name: tensor.detach().float().numpy().copy() for name, tensor in whole.items()} if rank == 0 else {}
+    engine.finish()
+    return found
+
+
 def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, Any]]:
     """One step and one checkpoint on each of two ranks, with or without room in memory for a copy; rank's events."""
     from llmft_core.catalog import Catalog
