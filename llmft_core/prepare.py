@@ -226,7 +226,7 @@ def special_ids_of(tokenizer: Any, special_tokens: Sequence[str], config: Mappin
     `config` has no row for yet."""
     usual = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     named = {int(tokenizer.convert_tokens_to_ids(token)) for token in special_tokens} - usual
-    rows = config.get("text_config", config).get("vocab_size", 0)
+    rows = config.get("text_config", config).get("vocab_size", len(tokenizer))
     return tuple(sorted({*named, *range(rows, len(tokenizer))}))
 
 

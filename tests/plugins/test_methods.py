@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tables import tiny_llama
 
 from llmft_core import InputError, Options, Placement, Setting
+from llmft_core.prepare import special_ids_of
 from llmft_plugins.methods.full import Full
 from llmft_plugins.methods.lora import Lora, LoraOptions
 
@@ -135,3 +137,58 @@ def test_frozen_weights_are_loaded_in_the_type_of_the_arithmetic() -> None:
     assert lora().loading(setting(GPU)) == {"dtype": torch.bfloat16}
     assert lora().loading(setting()) == {"dtype": torch.float32}
     assert Full(Options()).loading(setting(GPU)) == {}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_it_is_a_plain_model_with_the_same_logits(tied: bool, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    method, ids = lora(rank=2), torch.tensor([[1, 95, 5, 96]])
+    base = model_in(tmp_path / "base", tie_word_embeddings=tied)
+    names = [name for name, _ in base.named_parameters()]
+    model = method.apply(model_in(tmp_path / "base", tie_word_embeddings=tied), setting(special_ids=(95, 96)))
+    adapter = method.adapter(model, setting())
+    with torch.no_grad():
+        for name in adapter.tensors:
+            model.get_parameter(name).add_(0.1 * torch.randn_like(model.get_parameter(name)))
+        logits = model.eval()(ids).logits
+    tensors = {name: model.get_parameter(parameter).detach() for parameter, name in adapter.tensors.items()}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter.config))
+    merged = method.merge(base, tmp_path / "adapter")
+    assert [name for name, _ in merged.named_parameters()] == names
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(ids).logits, logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model_in(tmp_path / "base", tie_word_embeddings=tied)(ids).logits, logits, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # the core calls it so too
+def test_recomputed_activations_give_the_same_gradients(tmp_path: Path) -> None:
+    """Nothing that enters a frozen layer wants a gradient, where no token is trained; the adapters in it do."""
+    import torch
+
+    gradients = []
+    for recompute in (False, True):
+        model = model_in(tmp_path)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = lora(rank=2, dropout=0.1).apply(model, setting()).train()
+        torch.manual_seed(0)
+        model(torch.tensor([[1, 95, 5]]), use_cache=False).logits.sum().backward()
+        gradients.append({name: model.get_parameter(name).grad for name in trained_names(model)})
+    plain, recomputed = gradients
+    assert any(gradient.abs().sum() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_special_ids_are_those_of_the_dataset_and_all_without_a_row() -> None:
+    from toy_tokenizers import TAGS, metaspace_tokenizer
+
+    tokenizer = metaspace_tokenizer()
+    tags = tuple(tokenizer.convert_tokens_to_ids(tag) for tag in TAGS)
+    assert special_ids_of(tokenizer, ["</s>", *TAGS], {"vocab_size": len(tokenizer) + 7}) == tags
+    assert special_ids_of(tokenizer, [], {"vocab_size": len(tokenizer) - 1}) == (len(tokenizer) - 1,)
+    assert special_ids_of(tokenizer, ["</s>"], {}) == ()
