@@ -33,14 +33,8 @@ def widen(rank: int, world_size: int, cases: list[tuple[Any, str, int]]) -> list
                 "values": {name: tensor.numpy() for name, tensor in gathered.items()},
                 "shapes": {name: engine.shapes()[name] for name in names},
                 "tied": embeddings[0].weight is embeddings[1].weight,
-                "holdings": {kind: elements(kept) for kind, kept in engine.holdings().items()},
                 "entries": engine.bare_model.config.vocab_size,
             }
         )
         engine.finish()
     return answers
-
-
-def elements(tensors: list[Any]) -> int:
-    """How many numbers tensors hold together."""
-    return sum(tensor.numel() for tensor in tensors if tensor is not None)

@@ -35,7 +35,7 @@ from llmft_plugins.strategies.zero_config import (
     planned,
 )
 from llmft_plugins.strategies.zero_file import file_problems
-from llmft_plugins.strategies.zero_state import SCALER, held, make_moments, masters_of, partition_again
+from llmft_plugins.strategies.zero_state import SCALER, gradients_of, held, make_moments, masters_of, partition_again
 
 if TYPE_CHECKING:
     import torch
@@ -274,7 +274,8 @@ class ZeroEngine(Engine):
         kept = [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]
         masters = masters_of(self._zero, self.stage)
         moments = [tensor for state in self._zero.optimizer.state.values() for tensor in state.values()]
-        gradients = [p.grad for p in parameters] + [master.grad for master in masters]
+        gradients = [p.grad for p in parameters] + [getattr(p, "grad_accum", None) for p in parameters]
+        gradients += gradients_of(self._zero, self.stage)
         return {"weights": kept, "gradients": gradients, "optimizer": [*masters, *moments]}
 
     def finish(self) -> None:

@@ -47,6 +47,16 @@ def masters_of(zero: Any, stage: int) -> list[torch.Tensor]:
     return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
 
 
+def gradients_of(zero: Any, stage: int) -> list[torch.Tensor | None]:
+    """This rank's gradients as far as DeepSpeed has taken them from the parameters: summed so far, and as AdamW gets
+    them."""
+    given = [master.grad for master in masters_of(zero, stage)]
+    if stage == 3:
+        return [zero.grad_partitions_flat_buffer, *given]
+    groups = [*zero.averaged_gradients.values(), *zero.all_grad_tensors.values()]  # lists, or None after a step
+    return [*given, *(tensor for group in groups for tensor in group or ())]
+
+
 def make_moments(zero: Any, stage: int, steps: float) -> None:
     """AdamW makes its moments in its first step; before a restore they must exist, for DeepSpeed's flat masters."""
     import torch
