@@ -140,7 +140,7 @@ def train(mode: str, folder: Path, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     catalog = Catalog(load_plugins())
     engine = catalog.create("strategy", {"name": "ddp"}).engine(placement, 0)
-    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(plan))
 
     data = InMemory(random_table(steps, 4096, 32))
 

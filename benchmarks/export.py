@@ -81,7 +81,7 @@ def export(rank: int, mode: str, base: str, scratch: str, shard: int) -> dict[st
     placement = Placement(RANKS, "cpu", "bf16", 1, 1, 1.0)
     job = Job(plan, placement, 1, (1,), 4096, 0, (), {}, Path(base), Path(), Path())
     engine: Any = Catalog(load_plugins()).create("strategy", {"name": "zero-3"}).engine(placement, rank)
-    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(plan))
     engine.model._config.zero_config.gather_16bit_weights_on_model_save = True  # accelerate refuses without
     layout = lay_out(engine, plan, RANKS, shard)
     folder = Path(tempfile.mkdtemp(dir=scratch)) if rank == 0 else Path(scratch) / f"of-rank-{rank}"

@@ -8,11 +8,10 @@ import torch
 
 from llmft_core.errors import LlmftError
 from llmft_core.plan import RunPlan
-from llmft_core.values import Device
 
 
 def optimizer_maker(
-    plan: RunPlan, device: Device
+    plan: RunPlan,
 ) -> Callable[[Sequence[tuple[str, torch.nn.Parameter, int]]], torch.optim.Optimizer]:
     """A function from (name, parameter, true dimensions) to AdamW; matrices decay, norms and biases do not.
 

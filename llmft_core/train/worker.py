@@ -71,7 +71,7 @@ def train_rank(
         loading = {} if setting.partitioned else method.loading(setting)
         model = applied(method, build_model(job, engine, partial(tell, "warning"), loading), setting, engine)
         adapter = method.adapter(model, setting)
-        engine.prepare(model, optimizer_maker(plan, job.placement.device))
+        engine.prepare(model, optimizer_maker(plan))
         start = start_of(engine, adapter) if adapter is not None else None
         if job.resume is not None and job.resume.state:
             tell("phase", f"restoring the state of step {job.resume.step}")

@@ -90,7 +90,7 @@ def train_adapter(rank: int, cases: list[tuple[str, str, int, str, str, dict[str
         model = applied(method, build_model(job, engine, loading=loading), setting, engine)
         adapter = method.adapter(model, setting)
         types = {str(parameter.dtype) for parameter in model.parameters() if not parameter.requires_grad}
-        engine.prepare(model, optimizer_maker(job.plan, "cpu"))
+        engine.prepare(model, optimizer_maker(job.plan))
         start = start_of(engine, adapter)
         began = engine.gathered(list(adapter.tensors), torch.float32)
         if job.resume is not None:

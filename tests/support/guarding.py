@@ -46,7 +46,7 @@ def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             progress = open_state(place).progress
             job = replace(job, resume=Resume(place.uri, progress.step, 5, 0, progress.guards))
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         first = job.resume.step if job.resume else 0

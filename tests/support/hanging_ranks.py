@@ -65,7 +65,7 @@ def hanging_rank(rank: int, port: int, case: dict[str, Any], folder: Path, secon
     dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     job = job_of(case)
     engine = Catalog(load_plugins()).create("strategy", job.plan.strategy).engine(job.placement, rank)
-    engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
     passes = iter(range(1000))
 
     def stand_still(*_: Any) -> None:

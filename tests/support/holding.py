@@ -22,7 +22,7 @@ def hold(rank: int, world_size: int, strategies: list[Any], folder: str) -> list
     for strategy in strategies:
         job = job_for(strategy, Path(folder), world_size, 1, 2)
         engine = catalog.create("strategy", job.plan.strategy or {}).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         held = [elements(engine.holdings())]
         for last in (False, True):
             logits = engine.model(input_ids=torch.arange(6)[None]).logits

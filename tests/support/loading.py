@@ -47,7 +47,7 @@ def load_on_rank(rank: int, world_size: int, cases: list[tuple[str, str, int]]) 
             "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
             "generation": model.generation_config.to_dict(),
         }
-        engine.prepare(model, optimizer_maker(job.plan, "cpu"))
+        engine.prepare(model, optimizer_maker(job.plan))
         answer["weights"] = engine.gathered(list(engine.shapes()), engine.parameter_dtype)
         answers.append(answer)
         engine.finish()

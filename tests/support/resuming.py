@@ -96,7 +96,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
         setting = setting_of(job.plan, job.placement, (), catalog)
         model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
-        engine.prepare(model, optimizer_maker(job.plan, "cpu"))
+        engine.prepare(model, optimizer_maker(job.plan))
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         recorder = Recorder()

@@ -67,7 +67,7 @@ def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, i
     for world_size, micro_batch, accumulation in layouts:
         job = job_for(strategy, Path(folder), world_size, micro_batch, accumulation, **settings)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         recorder = Recorder()
         train(job, engine, data, rank, recorder, lambda step, epoch, metrics: None)  # type: ignore[arg-type]
         shapes = engine.shapes()
@@ -114,7 +114,7 @@ def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: st
     tokenizer = Path(base) / "tokenizer"
     job = Job(plan, placement, 2, (1, 1), VOCABULARY, 0, (), {}, Path(base), Path(), tokenizer)
     engine = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(placement, rank)
-    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(plan))
     train(job, engine, data, rank, Silent(), lambda *_: None)  # type: ignore[arg-type]
     layout = lay_out(engine, plan, 2, max_shard=20_000)  # bytes: several files even of a tiny model
     tensors: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def export_both_ways(rank: int, strategy: str, base: str, target: str, precision
 
     job = job_for(strategy, Path(base), 2, 2, 2, precision=precision)
     engine: Any = Catalog(load_plugins()).create("strategy", {"name": strategy}).engine(job.placement, rank)
-    engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
     train(job, engine, InMemory(TRAIN), rank, Recorder(), lambda *_: None)  # type: ignore[arg-type]
     layout = lay_out(engine, job.plan, 2, max_shard=20_000)  # bytes: several files even of a tiny model
     writer = WeightWriter(layout, Path(base), Path(target))
@@ -176,7 +176,7 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
     job = Job(plan, placement, 1, (1,), VOCABULARY, 0, (), {}, Path(base), Path(), Path(base) / "tokenizer")
     catalog = Catalog(load_plugins())
     engine = catalog.create("strategy", {"name": "zero-3"}).engine(placement, rank)
-    engine.prepare(build_model(job, engine), optimizer_maker(plan, "cpu"))
+    engine.prepare(build_model(job, engine), optimizer_maker(plan))
     recorder = Recorder()
     with module.Saver(job, engine, rank, recorder, Places(catalog, None, {}).place(store)) as saver:
         train(job, engine, data, rank, saver, saver.save)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, st
         settings = {"context-length": 20, "data": {"packing": "best-fit"}}
         job = job_for(strategy, Path(folder), dist.get_world_size(), 2, 1, **settings)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         try:
             check_isolation(job, engine, torch.device("cpu"))
             answers[kind] = ""
@@ -249,7 +249,7 @@ def gradients_of_both_ways(rank: int, strategy: str, folders: dict[str, str]) ->
 
         job = job_for(strategy, Path(folder), ranks, 4, 1)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         output, said = find_output_layer(job, engine, torch.device("cpu"))
         loss = micro_batch_loss(engine.model, batches[rank], torch.device("cpu"), Call(output, flat=False))
         if strategy == "ddp":

@@ -24,7 +24,7 @@ def widen(rank: int, world_size: int, cases: list[tuple[Any, str, int]]) -> list
         job = dataclasses.replace(job_for(strategy, Path(folder), world_size, 1, 1), vocabulary=vocabulary)
         engine = catalog.create("strategy", job.plan.strategy or {}).engine(job.placement, rank)
         torch.manual_seed(1000 + rank)  # what is made up rather than computed would differ between ranks and runs
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan, "cpu"))
+        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
         names = [name for name in engine.shapes() if "embed_tokens" in name or "lm_head" in name]
         gathered = engine.gathered(names, torch.float32)
         embeddings = (engine.bare_model.get_input_embeddings(), engine.bare_model.get_output_embeddings())
