@@ -149,7 +149,7 @@ def llmft(given: argparse.Namespace, rank: int) -> dict[str, Any]:
     if given.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    engine.prepare(method.apply(model, setting), optimizer_maker(plan, device))
+    engine.prepare(method.apply(model, setting), optimizer_maker(plan))
     steps: list[dict[str, float]] = []
     heard = SimpleNamespace(send=lambda event: steps.append(event["metrics"]) if event["kind"] == "metrics" else None)
     report = SimpleNamespace(splits={"train": SimpleNamespace(weights=(1.0,))})

@@ -147,7 +147,7 @@ def _steps(
     plan = RunPlan.from_json({"lr": 1e-2, "weight-decay": 0.1, "precision": placement.precision})
     job = Job(plan, placement, 1, (1,), SIZES["vocab_size"], 0, (), {}, model, Path(), Path())
     engine = make()
-    engine.prepare(build_model(job, engine), optimizer_maker(plan, placement.device))
+    engine.prepare(build_model(job, engine), optimizer_maker(plan))
     numbers = iter(range(len(course)))  # of the finite steps
     for wrong in course:
         number = 99 if wrong else next(numbers)

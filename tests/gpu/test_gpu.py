@@ -53,7 +53,7 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
 dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
 engine = Catalog(load_plugins()).create("strategy", {"name": "ddp"}).engine(Placement(1, "cuda", "fp16", 1, 1, 1.0), 0)
 model = torch.nn.Linear(2, 1)
-engine.prepare(model, optimizer_maker(RunPlan.from_json({"precision": "fp16", "lr": 0.1}), "cuda"))
+engine.prepare(model, optimizer_maker(RunPlan.from_json({"precision": "fp16", "lr": 0.1})))
 for factor in (float("inf"), 1.0):
     before = model.weight.detach().clone()
     engine.backward(engine.model(torch.ones(1, 2, device="cuda")).sum() * factor, last=True)
