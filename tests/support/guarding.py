@@ -92,12 +92,14 @@ def job_of(case: dict[str, Any]) -> Job:
 
 
 def spoil(engine: Any, rank: int, first: int, accumulation: int, wrong: list[Wrong]) -> None:
-    """From now on these forward passes go wrong."""
+    """From now on these forward passes of training go wrong."""
     import torch
 
     passes = iter(range(10_000))
 
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():  # a probe before training, or an evaluation
+            return
         step, micro_batch = divmod(next(passes), accumulation)
         hidden = output.last_hidden_state
         for kind in [kind for *where, kind in wrong if where == [first + step, micro_batch, rank]]:
