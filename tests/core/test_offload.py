@@ -15,6 +15,9 @@ from tables import tiny_llama
 AT = TOTAL // 2
 # The smallest parameter is partitioned too, and the optimizer works through several groups of each kind.
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 4000}}
+SAME_NUMBER = {"fp32": 1e-6, "bf16": 1e-4}
+"""How far a master may be off after all steps. Norms are summed group by group, so clipping differs in its last bit; in
+bf16 a weight may then be rounded the other way. 1e-4 is a hundredth of what one step moves a weight at this rate."""
 CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
     "zero-2": ({"name": "zero-2"}, {"name": "zero-2", "offload-optimizer": "cpu"}),
     "zero-3": (
@@ -43,11 +46,11 @@ def test_offloading_changes_no_number_and_resumes_bit_for_bit(
             assert straight["fragments"].keys() == resumed["fragments"].keys() == reference["fragments"].keys() != set()
             for key, values in straight["fragments"].items():
                 assert np.array_equal(values, resumed["fragments"][key]), key
-                assert values == pytest.approx(reference["fragments"][key], rel=1e-4, abs=1e-6), key
+                assert values == pytest.approx(reference["fragments"][key], rel=1e-4, abs=SAME_NUMBER[precision]), key
     reference, *found = answers[0]
     for straight, resumed in zip(found[::2], found[1::2], strict=True):
         assert resumed["loss"] == straight["loss"][AT:]
-        assert straight["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+        assert straight["loss"] == pytest.approx(reference["loss"], rel={"fp32": 1e-6, "bf16": 1e-4}[precision])
 
 
 def test_another_strategy_and_world_size_go_on_from_an_offloaded_state(
