@@ -87,8 +87,10 @@ def llmft(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
     """Ours."""
     from llmft_core.data.order import Order
     from llmft_core.data.steps import epoch_steps, total_steps
+    from llmft_core.train.failures import Watch
     from llmft_core.train.job import Job
     from llmft_core.train.launch import train_in_process
+    from llmft_core.train.stopping import Stop
     from llmft_core.values import Placement
 
     plan, data = plan_of(rounds), prepared(folder)
@@ -102,7 +104,8 @@ def llmft(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
         if event["kind"] == "metrics":
             done(job.locate(event["step"] - 1)[1] == steps[0] - 1)
 
-    train_in_process(job, heard)
+    stop = Stop()
+    train_in_process(job, Watch(heard, job, stop), stop)
 
 
 def batches_of(folder: Path, packed: bool) -> Iterator[Any]:
