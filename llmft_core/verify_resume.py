@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmft_core.checkpoint.stored import list_checkpoints, read_manifest
 from llmft_core.errors import LlmftError
-from llmft_core.plan import CheckpointOptions, RunPlan, StateOptions
+from llmft_core.plan import CheckpointOptions, Choice, RunPlan, StateOptions
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import delete_folder, read_bytes
 
@@ -95,13 +95,18 @@ def verify_resume(plan: RunPlan, places: Places, steps: int, say: Say) -> Verdic
         say(f"the same again, killed once the state of step {at} is complete")
         call(["run", "--plan", str(files[1])], files[1].with_suffix(".log"), kill_at="state_00000 complete")
         say("and gone on with")
-        reach = [f"--storage.{key}={value}" for key, value in plan.storage.items() if key != "name" and value]
-        call(["resume", (runs[1] / "state_00000").uri, *reach], files[1].with_suffix(".resumed.log"))
+        call(["resume", (runs[1] / "state_00000").uri, *reach(plan.storage)], files[1].with_suffix(".resumed.log"))
     verdict = compare(runs, at)
     if verdict.exact:
         for run in runs:
             delete_folder(run)
     return verdict
+
+
+def reach(storage: Choice) -> list[str]:
+    """The flags by which `llmft resume` finds a run before it has read the run's own plan."""
+    given = {f"--backends.{storage['name']}.{key}": value for key, value in storage.items() if key != "name" and value}
+    return [flag if value is True else f"{flag}={value}" for flag, value in given.items()]
 
 
 def compare(runs: Sequence[Place], at: int) -> Verdict:

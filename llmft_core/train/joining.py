@@ -14,6 +14,9 @@ from llmft_core.train.ship import ship
 ASK_SECONDS = 0.5
 """Between two questions whether the driver has sent the data."""
 
+ANSWER_SECONDS = 3600.0
+"""How long the data may be on its way; after that the driver does not listen any more."""
+
 Prepare = Callable[[], dict[str, str]]
 """Runs on the node that joined, in a rank's process: checks it, and fetches the weights; returns its folders."""
 
@@ -31,7 +34,13 @@ class Joining:
         import ray
 
         mailbox.put.remote({"kind": "joined", "node": node})
+        deadline = time.monotonic() + ANSWER_SECONDS
         while (answer := ray.get(mailbox.answer_to.remote(node))) is None:
+            if time.monotonic() > deadline:
+                raise LlmftError(
+                    f"the driver did not send the prepared data within {ANSWER_SECONDS:.0f} s: is it still running? "
+                    "Stop it, and `llmft resume` the run"
+                )
             time.sleep(ASK_SECONDS)
         if answer:
             raise LlmftError(answer)

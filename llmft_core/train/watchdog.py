@@ -74,17 +74,23 @@ class Watchdog:
         return max(self._seconds, PATIENCE_SECONDS) if self._saving else self._seconds
 
     def _watch(self) -> None:
-        pause = min(1.0, self._seconds / 4)
-        while not self._done.wait(pause):
-            # Should training hold Python's lock, then this thread stands still too, and faulthandler's does not.
-            spare = 2 * self._reporting + pause
-            faulthandler.dump_traceback_later(self.limit + spare, exit=True, file=sys.__stderr__ or sys.stderr)
+        while not self._done.wait(self._pause):
+            self._arm()
             stage = self._stage
             seconds = time.monotonic() - stage.began
             if seconds > self.limit:
                 self._report(stage, seconds)
                 time.sleep(self._reporting)
                 os._exit(LlmftError.exit_code)
+
+    @property
+    def _pause(self) -> float:
+        return min(1.0, self._seconds / 4)
+
+    def _arm(self) -> None:
+        """Should training hold Python's lock, then the thread that watches stands still too; faulthandler's does not."""
+        spare = 2 * self._reporting + self._pause
+        faulthandler.dump_traceback_later(self.limit + spare, exit=True, file=sys.__stderr__ or sys.stderr)
 
     @property
     def _reporting(self) -> float:
@@ -110,6 +116,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
+            self._arm()  # before the thread has come to it
             self._thread.start()
         return self
 

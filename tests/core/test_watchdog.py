@@ -78,10 +78,10 @@ def test_a_rank_that_saves_is_given_time_until_all_have_met_again() -> None:
 
 def test_one_that_gets_on_is_left_alone() -> None:
     recorder = Recorder()
-    with Watchdog(1, 0, recorder) as watchdog:
+    with Watchdog(5, 0, recorder) as watchdog:  # it would end this process: a busy machine may stand still for a second
         for _ in range(30):
             watchdog.at(1, "a pass")
-            time.sleep(0.1)
+            time.sleep(0.2)
     assert recorder.events == []
 
 
@@ -91,7 +91,6 @@ from llmft_core.train import watchdog
 watchdog.REPORTING_SECONDS = 0.5
 with watchdog.Watchdog(1, 0, None) as dog:
     dog.at(1, "a pass")
-    import time; time.sleep(0.6)
     re.match("(a|a)+$", "a" * 40 + "b")
 """
 
@@ -100,7 +99,7 @@ def test_one_that_holds_pythons_lock_is_ended_too() -> None:
     done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Timeout (0:00:02" in done.stderr
-    assert "line 8 in <module>" in done.stderr
+    assert "line 7 in <module>" in done.stderr
 
 
 STANDS_STILL = """

@@ -184,6 +184,18 @@ def test_verify_resume_tells_whether_a_plan_is_exact(tmp_path: Path) -> None:
     assert failed.errors[-1].startswith("llmft: error: the run in miniature failed: ")
 
 
+def test_verify_resume_in_a_bucket(tmp_path: Path, s3_server: S3Server) -> None:
+    """How the store is reached is known to all three processes, and nothing stays in it."""
+    assert s3_server.folder is not None
+    flags = ["--dataset.rows", "16", "--dataset.test-rows", "8", "--global-batch", "8", "--workers", "0"]
+    storage = ["--storage", "s3", "--storage.bucket", "bucket", "--storage.prefix", "verify"]
+    storage += ["--storage.endpoint-url", s3_server.endpoint_url]
+    answer = llmft("verify-resume", *flags, *storage, folder=tmp_path, environment=s3_server.environment)
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[-1].startswith("exact: 6 optimizer steps straight")
+    assert not list((s3_server.folder / "verify").rglob("*.safetensors"))
+
+
 def test_a_verdict_names_the_first_step_that_differs() -> None:
     verdict = Verdict(2, {3: (1.0, 1.0), 4: (0.5, 0.25)}, {"model.safetensors": ("a", "b")}, ("one", "two"))
     assert not verdict.exact

@@ -163,9 +163,7 @@ class ZeroEngine(Engine):
         trained = [(name, p, len(_shape(p))) for name, p in self._names.items() if p.requires_grad]
         adamw = make_optimizer(trained)
         for group in adamw.param_groups:
-            group["fused"] = (
-                True  # in fp16 too: DeepSpeed scales and skips by itself, and an offloaded step is CPU time
-            )
+            group["fused"] = True  # in fp16 too: DeepSpeed scales and skips by itself
         self._model, self._optimizer = self.accelerator.prepare(model, adamw)
         stage = self._model.zero_optimization_stage()
         if stage != self.stage:
