@@ -19,7 +19,7 @@ from llmft_core.checkpoint.shards import divide
 from llmft_core.checkpoint.snapshot import Layout, persistent_buffers, written_dtype
 from llmft_core.checkpoint.staging import Staging
 from llmft_core.checkpoint.stored import pull, read_manifest
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError
 from llmft_core.extensions import Method
 from llmft_core.plan import RunPlan
 from llmft_core.storage.places import Place, Places
@@ -107,19 +107,11 @@ def merge(adapter: Adapted, base: ModelFolder, target: Place, catalog: Catalog) 
             if is_tokenizer_file(path.name):
                 shutil.copyfile(path, tokenizer / path.name)
         staging = Staging.open(cache_folder(), adapter.plan.name, f"{adapter.place.name}-merged")
-        try:
+        with staging.writing("the merged model"):
             layout = whole_layout(model, dtype)
             writer = WeightWriter(layout, base.path, staging.folder)
             write_weights(model, layout, writer)
             write_rest(layout, tokenizer, (), staging.folder)
-        except Exception as error:
-            staging.discard()
-            if isinstance(error, LlmftError):
-                raise
-            raise LlmftError(
-                f"the merged model could not be written to {staging.folder.parent} ({error}): free disk space, or set "
-                "LLMFT_CACHE to a larger disk"
-            ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     exported = writer.exported()

@@ -6,10 +6,14 @@ from __future__ import annotations
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from llmft_core.errors import LlmftError
 
 FOLDER = "staging"
 """Below a node's cache."""
@@ -34,6 +38,22 @@ class Staging:
         lock = _locked(folder)  # before the folder is there, so that nobody sweeps it
         folder.mkdir()
         return cls(folder, lock)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Around all that writes into the folder. Where it fails nothing stays, and what is no LlmftError becomes one:
+        it is the disk, of which safetensors and Python raise types of their own."""
+        try:
+            yield
+        except LlmftError:
+            self.discard()
+            raise
+        except Exception as error:
+            self.discard()
+            raise LlmftError(
+                f"{what} could not be written to {self.folder.parent} ({error}): free disk space, or set LLMFT_CACHE "
+                "to a larger disk"
+            ) from error
 
     def settle(self) -> Path:
         """The folder is whole: it gets its final name, which is returned."""

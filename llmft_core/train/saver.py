@@ -21,7 +21,6 @@ from llmft_core.checkpoint.retention import Published, expendable, remove
 from llmft_core.checkpoint.snapshot import Keep, Layout, gather, lay_out
 from llmft_core.checkpoint.staging import Staging
 from llmft_core.checkpoint.stored import list_checkpoints, read_manifest
-from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.report import words
 from llmft_core.storage.places import Place
@@ -99,20 +98,11 @@ class Saver:
         """A whole staging folder with this rank's files, and what is in it. Raises LlmftError; nothing stays then."""
         job = self.job
         staging = Staging.open(cache_folder(), job.plan.name, name)
-        try:
+        with staging.writing(name):
             writer = WeightWriter(layout, job.model, staging.folder)
             write_all(writer.write)
             if self.rank == 0:
                 write_rest(layout, job.tokenizer, job.stop_ids, staging.folder)
-        except LlmftError:
-            staging.discard()
-            raise
-        except Exception as error:  # the disk: safetensors and Python raise types of their own
-            staging.discard()
-            raise LlmftError(
-                f"{name} could not be written to {staging.folder.parent} ({error}): free disk space, or set "
-                "LLMFT_CACHE to a larger disk"
-            ) from error
         return staging.settle(), writer.exported()
 
     def _publish(

@@ -74,16 +74,10 @@ class StateSaver:
     def _written(self, name: str, taken: Snapshot, progress: Progress) -> tuple[Path, dict[str, dict[str, int]]]:
         """A whole staging folder with this rank's files, and what is in it. Raises LlmftError; nothing stays then."""
         staging = Staging.open(cache_folder(), self.job.plan.name, name)
-        try:
+        with staging.writing(name):
             written = write_fragments(taken, self.rank, staging.folder)
             if self.rank == 0:
                 write_progress(progress, staging.folder)
-        except Exception as error:  # the disk: safetensors and Python raise types of their own
-            staging.discard()
-            raise LlmftError(
-                f"{name} could not be written to {staging.folder.parent} ({error}): free disk space, or set "
-                "LLMFT_CACHE to a larger disk"
-            ) from error
         return staging.settle(), written
 
     def _publish(

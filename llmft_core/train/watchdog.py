@@ -88,7 +88,7 @@ class Watchdog:
         return min(1.0, self._seconds / 4)
 
     def _arm(self) -> None:
-        """Should training hold Python's lock, then the thread that watches stands still too; faulthandler's does not."""
+        """Should training hold Python's lock, then this object's thread stands still too; faulthandler's does not."""
         spare = 2 * self._reporting + self._pause
         faulthandler.dump_traceback_later(self.limit + spare, exit=True, file=sys.__stderr__ or sys.stderr)
 
