@@ -21,6 +21,8 @@ Wrong = tuple[int, int, int, str]
 def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each case is a run: `strategy`, `precision`, `base`, `run`, `world_size`, `steps`, `settings` of the plan,
     `wrong` (what is wrong in it), `from_state` (whether it goes on from its newest state). This rank's answers."""
+    import torch.distributed as dist
+
     from llmft_core.catalog import Catalog
     from llmft_core.checkpoint.state import copies, views
     from llmft_core.checkpoint.stored_state import newest_state, open_state
@@ -41,6 +43,7 @@ def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         run = Places(catalog, None, {}).place(case["run"])
         job = job_of(case)
         if case.get("from_state"):
+            dist.barrier()  # the state is whole once rank 0 has left the run before this one
             place = newest_state(run)
             assert place is not None
             progress = open_state(place).progress
