@@ -31,7 +31,7 @@ from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
 from llmft_core.train.aside import put_aside
-from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, start
+from llmft_core.train.cluster import Cluster, Node, collected, on_each_node, own_ray, start
 from llmft_core.train.job import Job
 from llmft_core.train.joining import Joining
 from llmft_core.train.launch import launch
@@ -47,23 +47,19 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | 
     """Train as the plan says, from the beginning or from a point of an earlier run of this name. Raises InputError
     before anything is started, LlmftError after, Interrupted."""
     resumed = point is not None
-    ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
-    if point is not None:
-        check_inputs(point, ready.job.provenance, ready.job.total_steps)
-    view = LiveView(ready.job.total_steps, ready.job.epochs)
-    show_head(ready, view)
-    view.phase("starting" if ready.cluster.address == "" else "starting workers")
-    cluster = ready.cluster
-    try:
-        cluster = start(cluster, ready.placement.world_size, debug=debug)
-        with Stop() as stop:  # after Ray's start, which sets handlers of its own
-            problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
-            if problems:
-                raise Problems(problems)
-            job, folders = stage(ready, cluster, view)
-            return train(replace(ready, cluster=cluster, job=job), folders, view, stop, point)
-    finally:
-        leave(cluster)
+    with own_ray(plan, debug=debug), Stop() as stop:
+        ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
+        if point is not None:
+            check_inputs(point, ready.job.provenance, ready.job.total_steps)
+        view = LiveView(ready.job.total_steps, ready.job.epochs)
+        show_head(ready, view)
+        view.phase("starting" if ready.cluster.address == "" else "starting workers")
+        cluster = start(ready.cluster, ready.placement.world_size, debug=debug)
+        problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
+        if problems:
+            raise Problems(problems)
+        job, folders = stage(ready, cluster, view)
+        return train(replace(ready, cluster=cluster, job=job), folders, view, stop, point)
 
 
 def show_head(ready: Ready, view: LiveView) -> None:
@@ -290,11 +286,3 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
 def tracker_list(ready: Ready) -> list[Tracker]:
     """The plan's trackers."""
     return [ready.catalog.create("tracker", choice) for choice in ready.plan.tracker]
-
-
-def leave(cluster: Cluster) -> None:
-    """Leave the cluster; a Ray of our own ends with all its processes."""
-    if cluster.address:
-        import ray
-
-        ray.shutdown()

@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,17 @@ def interrupts_held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """What SIGTERM does stays what it is: Ray's own handler ends the process with another exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _address(plan: RunPlan) -> str:
     if plan.workers == 0:
         return ""
@@ -95,26 +107,68 @@ def _address(plan: RunPlan) -> str:
     return plan.cluster
 
 
+@contextmanager
+def own_ray(plan: RunPlan, *, debug: bool) -> Iterator[None]:
+    """Where a run needs a Ray of its own: start it before anything else is known, and meanwhile import what the driver
+    goes on with, for Ray's start is mostly waiting and imports are work. At the end leave whatever cluster there is; a
+    Ray of our own ends with all its processes."""
+    try:
+        if _address(plan) == "local":
+            importing = threading.Thread(target=_import_libraries, name="llmft-imports", daemon=True)
+            importing.start()
+            # Ray in this thread: its processes end with the thread that started them.
+            workers = plan.worker_range.most if plan.worker_range else 2
+            _start_ray(max(len(os.sched_getaffinity(0)), workers), 0 if plan.gpus_per_worker == 0 else None, debug)
+            importing.join()
+        yield
+    finally:
+        if _address(plan) and "ray" in sys.modules:
+            import ray
+
+            ray.shutdown()
+
+
+def _import_libraries() -> None:
+    with suppress(Exception):  # an import that fails fails again where it is needed, and is told there
+        import torch  # noqa: F401
+        from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 - what a tokenizer is loaded with
+
+
 def start(cluster: Cluster, workers: int, *, debug: bool) -> Cluster:
-    """Start Ray on this machine if that is where the run goes; a cluster elsewhere is connected already."""
+    """The cluster as it is now, with room for so many workers: `own_ray` began before their number was known, and is
+    started again where it turns out to be too small."""
     if cluster.address != "local":
         return cluster
+    # One core a worker, also where there are fewer: a laptop trains slowly rather than waits for ever.
+    cpus = max(cluster.cpus, workers)
+    begun = Cluster("local", nodes_now())
+    if begun.cpus >= cpus and begun.gpus == cluster.gpus:
+        return begun
+    import ray
+
+    ray.shutdown()
+    _start_ray(cpus, cluster.gpus, debug)
+    return Cluster("local", nodes_now())
+
+
+def _start_ray(cpus: int, gpus: int | None, debug: bool) -> None:
+    """On this machine. `gpus`: None has Ray count them."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default adds seconds to a short run
+    # Processes for tasks, of which there are none: workers are actors with an environment of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Loopback only: a Ray of our own has no reason to listen on the network. Without the variable, ray.init hangs.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    with interrupts_held_back():
+    with interrupts_held_back(), sigterm_kept():
         import ray
 
         ray.init(
             address="local",
             _node_ip_address=LOOPBACK,
-            # One core a worker, also where there are fewer: a laptop trains slowly rather than waits for ever.
-            num_cpus=max(cluster.cpus, workers),
-            num_gpus=cluster.gpus,
+            num_cpus=cpus,
+            num_gpus=gpus,
             include_dashboard=False,
             **_logging(debug),
         )
-    return Cluster("local", nodes_now())
 
 
 def _connected(address: str, debug: bool) -> Cluster:
@@ -126,7 +180,8 @@ def _connected(address: str, debug: bool) -> Cluster:
     try:
         if host and port.isdigit():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-        ray.init(address=address, **_logging(debug))
+        with sigterm_kept():
+            ray.init(address=address, **_logging(debug))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{where} ({' '.join(str(error).split())[:200]}): {hint}") from None
     return Cluster(address, nodes_now())

@@ -146,7 +146,10 @@ def train_on_ray(
     from ray.train.torch import TorchTrainer
 
     mailbox = open_mailbox()
+    ours = cluster.address == "local"
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # seconds count there; the default is 5
+    if ours:  # nobody takes nodes from it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     workers = job.plan.worker_range or WorkerRange(job.placement.world_size, job.placement.world_size)
     elastic = workers.fewest != workers.most
     if elastic:  # Ray Train's picture of the cluster is up to 20 s old: it finds out by trying
@@ -174,6 +177,12 @@ def train_on_ray(
             """Ray Train's own aborts at the first Ctrl-C."""
             super()._register_sigint_handler(controller)
             stop.put_before(signal.getsignal(signal.SIGINT))  # type: ignore[arg-type]
+
+        def _create_default_callbacks(self) -> list[Any]:
+            """Each of these is a process, a second of a core, and of no use here: there are no Ray datasets, and what a
+            lost controller leaves in a Ray of our own ends with it."""
+            spared = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if ours else set())
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in spared]
 
     def announce(text: str) -> None:
         watch.announce(text)

@@ -22,7 +22,7 @@ LOOK_EVERY = 1.0
 
 
 class Stop:
-    """The signals of the driver, as a context around all that a run does once Ray has set handlers of its own.
+    """The signals of the driver, as a context around all that a run does.
 
     Before training a signal raises KeyboardInterrupt. Leaving the context after SIGTERM it becomes Terminated.
     """

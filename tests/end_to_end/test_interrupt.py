@@ -25,7 +25,6 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 def test_ctrl_c_while_ray_starts_leaves_no_process(running: Running, tmp_path: Path) -> None:
     """A Ray whose start-up is broken off would leave agents behind, or take the interpreter down."""
-    running.wait_for("starting workers")
     deadline = time.monotonic() + 60
     while not any("gcs_server" in " ".join(process.cmdline()) for process in running.look().values()):
         assert time.monotonic() < deadline
@@ -33,6 +32,16 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(running: Running, tmp_path: P
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130, running.text
     assert "llmft: interrupted" in running.text
+    assert not (tmp_path / "llmft-runs" / "runs" / "x").exists()
+
+
+def test_sigterm_while_the_data_is_prepared_leaves_no_process(running: Running, tmp_path: Path) -> None:
+    """Ray runs by then, and has a handler of its own for this signal."""
+    running.wait_for("preparing dataset")
+    assert any("raylet" in " ".join(process.cmdline()) for process in running.look().values())
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end() == 143, running.text
+    assert "llmft: interrupted: stopped by SIGTERM" in running.text
     assert not (tmp_path / "llmft-runs" / "runs" / "x").exists()
 
 
