@@ -464,3 +464,7 @@ class Tracker(Extension, ABC):
     @abstractmethod
     def finish(self) -> None:
         """Flush and close."""
+
+    def break_off(self, *, by_user: bool) -> None:
+        """Instead of `finish`, where the run ended before its last step: by its user or a SIGTERM, or by an error."""
+        self.finish()

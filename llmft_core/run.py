@@ -13,7 +13,7 @@ from typing import Any
 
 from llmft_core.catalog import Catalog
 from llmft_core.checkpoint.leftovers import sweep
-from llmft_core.errors import InputError, LlmftError, Problems
+from llmft_core.errors import InputError, Interrupted, LlmftError, Problems
 from llmft_core.extensions import Tracker
 from llmft_core.head import head, warnings
 from llmft_core.loading import load_plugins
@@ -237,8 +237,10 @@ def follow(
             try:
                 with view:
                     launch(ready.job, ready.cluster, folders, joining_of(ready, target), on_event, stop)
-            finally:
-                trackers.finish()
+            except BaseException as error:
+                trackers.break_off(by_user=isinstance(error, Interrupted | KeyboardInterrupt))
+                raise
+            trackers.finish()
     finally:
         outcome.seconds = time.monotonic() - started
     return outcome
@@ -273,6 +275,7 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.first_loss = outcome.first_loss if outcome.first_loss is not None else metrics["train/loss"]
     outcome.last_loss = metrics["train/loss"]
     outcome.steps = event["step"]
+    outcome.skipped += metrics["train/skipped"] > 0
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
     outcome.data_seconds += metrics["train/data_seconds"]
     outcome.lately.append((event["step"], metrics["train/step_seconds"]))

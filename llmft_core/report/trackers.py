@@ -33,6 +33,10 @@ class Trackers:
         """Close all."""
         self._each(lambda tracker: tracker.finish())
 
+    def break_off(self, *, by_user: bool) -> None:
+        """Close all, of a run that did not come to its end."""
+        self._each(lambda tracker: tracker.break_off(by_user=by_user))
+
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
             try:

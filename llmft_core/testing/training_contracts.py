@@ -211,6 +211,21 @@ class TrackerContract(ExtensionContract):
         extension.finish()
         extension.finish()
 
+    @pytest.mark.parametrize("by_user", [True, False])
+    def test_a_run_may_be_broken_off(
+        self, extension: Tracker, tmp_path: Path, plan: Mapping[str, Any], by_user: bool
+    ) -> None:
+        """What was logged is kept, and the run can go on."""
+        extension.start(tmp_path, plan)
+        extension.log({"train/loss": 2.5}, step=1)
+        extension.break_off(by_user=by_user)
+        before = {file: file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()}
+        resumed = type(extension)(extension.options)
+        resumed.resume(tmp_path, plan, step=1)
+        resumed.finish()
+        for file, size in before.items():
+            assert file.stat().st_size >= size
+
     def test_a_resumed_run_adds_to_what_is_there(
         self, extension: Tracker, tmp_path: Path, plan: Mapping[str, Any]
     ) -> None:

@@ -41,6 +41,7 @@ def test_a_run_stops_at_such_a_step_and_can_be_taken_past_it(tmp_path: Path) -> 
     warning = "warning: optimizer step 4 is not applied on any rank: loss nan, gradient norm nan; not finite: "
     assert warning in straight.stdout
     assert "; 1 of 1 such steps that --on-nonfinite allows" in straight.stdout
+    assert "\n1 optimizer step not applied: loss or gradient not finite\n" in straight.stdout
 
     stopped = spoiled(tmp_path, 7, "run", *FLAGS, "--name", "stopped")
     run = tmp_path / "llmft-runs" / "runs" / "stopped"

@@ -55,6 +55,22 @@ def test_metrics_and_plan_are_in_the_database(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "mlflow" / "run.json").read_text()) == {"id": run.info.run_id}
 
 
+@pytest.mark.parametrize(("by_user", "status"), [(True, "KILLED"), (False, "FAILED")])
+def test_a_run_that_was_broken_off_says_so_until_it_goes_on(tmp_path: Path, by_user: bool, status: str) -> None:
+    tracker = Mlflow(MlflowOptions())
+    tracker.start(tmp_path, PLAN)
+    tracker.log({"train/loss": 2.5}, step=1)
+    tracker.break_off(by_user=by_user)
+    client, run = read(tmp_path / "mlflow" / "mlflow.db")
+    assert (run.info.status, history(client, run, "train/loss")) == (status, [(1, 2.5)])
+    resumed = Mlflow(MlflowOptions())
+    resumed.resume(tmp_path, PLAN, step=1)
+    resumed.finish()
+    again = tmp_path / "again.db"  # MLflow keeps a connection to the file that was read above
+    shutil.copyfile(tmp_path / "mlflow" / "mlflow.db", again)
+    assert read(again)[1].info.status == "FINISHED"
+
+
 def test_nothing_is_left_but_the_database(tmp_path: Path) -> None:
     tracker = Mlflow(MlflowOptions())
     tracker.start(tmp_path / "run", PLAN)

@@ -43,6 +43,20 @@ def test_metrics_and_plan_are_in_the_file(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "wandb" / "run.json").read_text()) == {"id": run.run_id}
 
 
+@pytest.mark.parametrize(("by_user", "codes"), [(None, [0]), (True, [1]), (False, [1])])
+def test_a_run_that_was_broken_off_is_shown_as_failed(tmp_path: Path, by_user: bool | None, codes: list[int]) -> None:
+    tracker = offline()
+    tracker.start(tmp_path, PLAN)
+    tracker.log({"train/loss": 2.5}, step=1)
+    if by_user is None:
+        tracker.finish()
+    else:
+        tracker.break_off(by_user=by_user)
+    (file,) = files(tmp_path)
+    assert [record.exit.exit_code for record in records(file) if record.HasField("exit")] == codes
+    assert [line[STEP] for line in history(file)] == [1]
+
+
 def test_all_charts_are_drawn_over_the_optimizer_step(tmp_path: Path) -> None:
     tracker = offline()
     tracker.start(tmp_path, PLAN)

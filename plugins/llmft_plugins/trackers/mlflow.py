@@ -108,9 +108,16 @@ class Mlflow(Tracker):
 
     def finish(self) -> None:
         """Waits until all is in the store. Raises what the thread met, TimeoutError after five minutes."""
+        self._close("FINISHED")
+
+    def break_off(self, *, by_user: bool) -> None:
+        """As `finish`; the run's status is KILLED or FAILED."""
+        self._close("KILLED" if by_user else "FAILED")
+
+    def _close(self, status: str) -> None:
         sender, self._sender = self._sender, None
         if sender is not None:
-            sender.finish()
+            sender.finish(status)
 
 
 class Server:
@@ -168,6 +175,7 @@ class Sender(threading.Thread):
         self._run_id = run_id
         self._points: queue.Queue[Point | None] = queue.Queue()
         self._failure: Exception | None = None
+        self._status = "FINISHED"
 
     def put(self, point: Point) -> None:
         """Raises what the thread met."""
@@ -175,8 +183,9 @@ class Sender(threading.Thread):
             raise self._failure
         self._points.put(point)
 
-    def finish(self) -> None:
-        """Wait for the end. Raises what the thread met, TimeoutError."""
+    def finish(self, status: str) -> None:
+        """Wait for the end; the run gets this status of MLflow's. Raises what the thread met, TimeoutError."""
+        self._status = status
         self._points.put(None)
         self.join(FINISH_SECONDS)
         if self.is_alive():
@@ -195,7 +204,7 @@ class Sender(threading.Thread):
                 ended = points[-1] is None
                 self._write(client, run_id, [point for point in points if point is not None])
                 self._store.keep()
-            client.set_terminated(run_id)
+            client.set_terminated(run_id, status=self._status)
             self._store.keep(now=True)
         except Exception as error:  # noqa: BLE001 - raised again in the thread that logs
             self._failure = error

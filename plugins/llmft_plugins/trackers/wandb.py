@@ -117,11 +117,18 @@ class Wandb(Tracker):
 
     def finish(self) -> None:
         """Waits until all is sent. Raises TimeoutError after `finish-seconds`: `wandb sync` sends the rest."""
+        self._close(exit_code=0)
+
+    def break_off(self, *, by_user: bool) -> None:
+        """As `finish`; W&B shows the run as failed, its only word for that."""
+        self._close(exit_code=1)
+
+    def _close(self, exit_code: int) -> None:
         run, self._run = self._run, None
         if run is not None:
             import wandb
 
-            run.finish()
+            run.finish(exit_code)
             wandb.teardown()  # offline, finish() returns before wandb's own process has written the file
 
 
