@@ -16,7 +16,17 @@ from pydantic import BeforeValidator, Field
 
 from llmft_core.errors import Problem
 from llmft_core.options import Options, comma_separated
-from llmft_core.values import Adapter, Conversation, ModelSize, Placement, Role, RowProblem, Setting, StepOutcome
+from llmft_core.values import (
+    Adapter,
+    Conversation,
+    Device,
+    ModelSize,
+    Placement,
+    Role,
+    RowProblem,
+    Setting,
+    StepOutcome,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +48,11 @@ class Extension:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    def node_problems(self, device: Device) -> list[Problem]:
+        """What this machine lacks (a folder, a package) for ranks that compute on such a device. The dataset format,
+        storage, strategy and method of a run are asked on every node that may get a rank, before anything is staged."""
+        return []
 
 
 # --- datasets -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from llmft_core.storage.check_storage import probe
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import delete, list_files, write_bytes
 from llmft_core.train.cluster import Cluster, Node, on_each_node
+from llmft_core.values import Device
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.stage import comes_from_place
 
@@ -65,6 +66,14 @@ def tracker_problems(plan: RunPlan, catalog: Catalog) -> list[Problem]:
     return [problem for choice in plan.tracker for problem in catalog.create("tracker", choice).problems()]
 
 
+def machine_problems(plan: RunPlan, catalog: Catalog) -> list[Problem]:
+    """What this machine lacks for a plan without open fields."""
+    device: Device = "cuda" if plan.gpus_per_worker else "cpu"
+    return [
+        problem for kind in SINGLE_KINDS for problem in catalog.create(kind, getattr(plan, kind)).node_problems(device)
+    ]
+
+
 def disk_problems(checkpoint_bytes: int) -> list[Problem]:
     """Whether this machine's cache has room for one staged checkpoint."""
     folder = cache_folder()
@@ -82,8 +91,8 @@ def disk_problems(checkpoint_bytes: int) -> list[Problem]:
 
 
 def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int) -> list[str]:
-    """Runs on a node: what of the plan its own plugins cannot do, whether it sees a file (`seen`, or nothing), and
-    whether its cache has room for a checkpoint: any node may get rank 0."""
+    """Runs on a node: what of the plan its own plugins cannot do, what it lacks for them, whether it sees a file
+    (`seen`, or nothing), and whether its cache has room for a checkpoint: any node may get rank 0."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
     problems = []
@@ -94,6 +103,8 @@ def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int
             problems += [str(problem) for problem in error.problems]
         except InputError as error:
             problems.append(str(error))
+    if not problems:
+        problems += map(str, machine_problems(plan, catalog))
     problems += [str(problem) for problem in disk_problems(checkpoint_bytes)]
     if seen and not Path(seen).exists():
         problems.append(
@@ -104,8 +115,8 @@ def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int
 
 
 def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, checkpoint_bytes: int) -> list[Problem]:
-    """Ask every node, by its host name: are the plan's plugins and the room for a checkpoint there, and is a
-    local storage root really shared?
+    """Ask every node, by its host name: are the plan's plugins, what these need, and the room for a checkpoint there,
+    and is a local storage root really shared?
 
     Called once the cluster is up and before a worker starts. Of this machine alone everything is known already.
     """

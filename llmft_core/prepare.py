@@ -25,6 +25,7 @@ from llmft_core.plan import RunPlan
 from llmft_core.preflight import (
     context_problems,
     disk_problems,
+    machine_problems,
     sharing_problems,
     storage_problems,
     tracker_problems,
@@ -87,6 +88,8 @@ def make_ready(
     problems += storage_problems(plan, places, new=not resumed)
     problems += sharing_problems(plan, cluster, catalog)
     problems += tracker_problems(plan, catalog)
+    if placed and cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+        problems += machine_problems(plan, catalog)
     if plan.data.engine == "ray" and cluster.address in ("", "local"):
         why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"
         problems.append(Problem("data.engine", why))
@@ -105,7 +108,7 @@ def make_ready(
         share = _attempt(lambda: share_of(method, model, size, vocabulary, setting), "", found)
         if share is not None:
             shares.append(share)
-            if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+            if cluster.address in ("", "local"):  # as above
                 found += disk_problems(checkpoint_bytes(plan, size, share))
         return found
 

@@ -17,9 +17,10 @@ import uuid
 
 import pytest
 
-from llmft_core.errors import ChangedMeanwhile, InputError
+from llmft_core.errors import ChangedMeanwhile, InputError, Problem
 from llmft_core.extensions import Extension, StorageBackend
 from llmft_core.options import Options, kebab, leaves
+from llmft_core.values import Device
 
 _SECRETS = re.compile(r"(secret|password|passwd|token|private-key|access-key|credential)s?$")
 
@@ -54,6 +55,14 @@ class ExtensionContract:
         received = extension.options_type.model_validate(sent)
         assert received == extension.options
         assert type(extension)(received).options == extension.options
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_what_a_node_lacks_says_what_to_do(self, extension: Extension, device: Device) -> None:
+        for problem in extension.node_problems(device):
+            assert isinstance(problem, Problem)
+            assert problem.path, "the flag that it belongs to"
+            assert problem.reason
+            assert "\n" not in problem.reason
 
 
 class StorageBackendContract(ExtensionContract):

@@ -18,8 +18,20 @@ from toy_tokenizers import save_toy_tokenizer
 
 from llmft_core.cli.main import main
 
-STRATEGIES = ["ddp", "zero-2", "zero-3"]
+# Every matrix is partitioned, and the optimizer works through several groups of them.
+SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000}}
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "zero-2": "zero-2",
+    "zero-3": "zero-3",
+    "zero-2 + offload": {"name": "zero-2", "offload-optimizer": "cpu"},
+    "zero-3 + optimizer": {"name": "zero-3", "offload-optimizer": "cpu", "config": SMALL},
+    "zero-3 + all": {"name": "zero-3", "offload": "all", "config": SMALL},
+}
 OPTIONS = {"rank": 4, "dropout": 0.1}
+
+Trained = tuple[Path, list[list[dict[str, Any]]]]
+"""A run's folder, and each rank's answers: straight through, and from the middle on."""
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +42,36 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Strategy → (the run's folder, each rank's answers: straight through, and from the middle on)."""
-    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in STRATEGIES}
-    cases = [(one, "fp32", 2, str(base), str(run), OPTIONS, step) for one, run in runs.items() for step in (0, AT)]
+def train_all(precision: str, base: Path, folder: Path) -> dict[str, Trained]:
+    """By strategy."""
+    runs = {name: folder / name for name in STRATEGIES}
+    cases = [
+        (STRATEGIES[name], precision, 2, str(base), str(run), OPTIONS, step)
+        for name, run in runs.items()
+        for step in (0, AT)
+    ]
     ranks = on_ranks(2, train_adapter, cases)
     return {
-        strategy: (run, [answers[2 * number : 2 * number + 2] for answers in ranks])
-        for number, (strategy, run) in enumerate(runs.items())
+        name: (run, [answers[2 * number : 2 * number + 2] for answers in ranks])
+        for number, (name, run) in enumerate(runs.items())
     }
 
 
-def test_all_strategies_train_the_same(trained: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """By strategy, in fp32."""
+    return train_all("fp32", base, tmp_path_factory.mktemp("fp32"))
+
+
+@pytest.fixture(scope="module")
+def trained_in_bf16(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """By strategy."""
+    return train_all("bf16", base, tmp_path_factory.mktemp("bf16"))
+
+
+def test_all_strategies_train_the_same(trained: dict[str, Trained]) -> None:
     _, ((first, _), _) = trained["ddp"]
-    for strategy in STRATEGIES[1:]:
+    for strategy in [*STRATEGIES][1:]:
         _, ((other, _), _) = trained[strategy]
         np.testing.assert_allclose(other["loss"], first["loss"], rtol=1e-5)
         np.testing.assert_allclose(other["norm"], first["norm"], rtol=1e-4)
@@ -53,9 +80,12 @@ def test_all_strategies_train_the_same(trained: dict[str, Any]) -> None:
     assert first["loss"][-1] < first["loss"][0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_is_the_same_bit_for_bit(strategy: str, trained: dict[str, Any]) -> None:
-    run, ranks = trained[strategy]
+def test_a_resumed_run_is_the_same_bit_for_bit(
+    strategy: str, precision: str, trained: dict[str, Trained], trained_in_bf16: dict[str, Trained]
+) -> None:
+    run, ranks = (trained if precision == "fp32" else trained_in_bf16)[strategy]
     for straight, resumed in ranks:
         assert straight["fragments"].keys() == resumed["fragments"].keys() != set()
         for key, values in straight["fragments"].items():
@@ -68,7 +98,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(strategy: str, trained: dict[str,
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_all_that_is_trained_moves_also_the_rows_of_special_tokens(strategy: str, trained: dict[str, Any]) -> None:
+def test_all_that_is_trained_moves_also_the_rows_of_special_tokens(strategy: str, trained: dict[str, Trained]) -> None:
     _, ((straight, _), _) = trained[strategy]
     for name, values in straight["began"].items():
         assert not np.array_equal(values, straight["ended"][name]), name
@@ -81,7 +111,7 @@ def test_all_that_is_trained_moves_also_the_rows_of_special_tokens(strategy: str
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 under transformers 5.23
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_peft_itself_loads_what_was_trained(strategy: str, trained: dict[str, Any], base: Path) -> None:
+def test_peft_itself_loads_what_was_trained(strategy: str, trained: dict[str, Trained], base: Path) -> None:
     from peft import PeftModel
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -102,7 +132,7 @@ def test_peft_itself_loads_what_was_trained(strategy: str, trained: dict[str, An
 
 
 def test_merged_it_is_one_model_that_answers_as_base_and_adapter(
-    trained: dict[str, Any],
+    trained: dict[str, Trained],
     tmp_path: Path,
     s3_server: S3Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -151,7 +181,7 @@ def test_merged_it_is_one_model_that_answers_as_base_and_adapter(
 
 
 def test_another_base_is_refused(
-    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = trained["ddp"]
     monkeypatch.chdir(tmp_path)
@@ -188,7 +218,7 @@ def logits_of(model: Any) -> Any:
         return model.eval()(torch.tensor([[1, 97, 5, 98, 99, 7, 100]])).logits.numpy()
 
 
-def test_the_manifest_says_what_was_trained(trained: dict[str, Any]) -> None:
+def test_the_manifest_says_what_was_trained(trained: dict[str, Trained]) -> None:
     run, ((straight, _), _) = trained["zero-3"]
     manifest = json.loads((run / "checkpoint_00000" / "manifest.json").read_text())
     assert manifest["tensors"]["trained"] == manifest["tensors"]["changed"] == len(straight["began"])
@@ -196,11 +226,10 @@ def test_the_manifest_says_what_was_trained(trained: dict[str, Any]) -> None:
     assert "adapter_model.safetensors" in manifest["files"]
 
 
-def test_in_bf16_nothing_but_the_adapter_is_fp32(base: Path, tmp_path: Path) -> None:
+def test_in_bf16_nothing_but_the_adapter_is_fp32(trained_in_bf16: dict[str, Trained]) -> None:
     """DDP holds what it trains in fp32; of a frozen weight it needs no second copy."""
-    cases = [(strategy, "bf16", 2, str(base), str(tmp_path / strategy), OPTIONS, 0) for strategy in STRATEGIES]
-    answers = on_ranks(2, train_adapter, cases)[0]
-    for answer in answers:
+    straight = [ranks[0][0] for _, ranks in trained_in_bf16.values()]
+    for answer in straight:
         assert answer["frozen_types"] == {"torch.bfloat16"}
         assert answer["loss"][-1] < answer["loss"][0]
-        np.testing.assert_allclose(answer["loss"], answers[0]["loss"], rtol=1e-2)
+        np.testing.assert_allclose(answer["loss"], straight[0]["loss"], rtol=1e-2)

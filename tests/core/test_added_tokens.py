@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tiny_llama(root / name, OLD, tie_word_embeddings=name == "tied") for name in ("untied", "tied")}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_new_rows_are_the_mean_of_the_old_ones_everywhere(world_size: int, folders: dict[str, Path]) -> None:
     cases: list[Any] = [(strategy, str(folders[name]), size) for strategy in STRATEGIES for name, size in CASES]
     ranks = on_ranks(world_size, widen, world_size, cases)

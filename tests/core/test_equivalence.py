@@ -1,4 +1,5 @@
-"""Strategies, precisions, methods and numbers of workers are ways to compute the same: the losses of all agree."""
+"""Strategies, precisions, methods and numbers of workers are ways to compute the same: the losses of all agree. What is
+computed twice to save memory is the same to the last bit."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ranks import on_ranks
 from resuming import VOCABULARY, train_on
@@ -58,3 +60,34 @@ def test_the_losses_of_all_agree(cells: list[Cell], tmp_path: Path, monkeypatch:
             reference = alone["ddp", precision, method]
             assert len(values) == STEPS
             assert values == pytest.approx(reference, rel=TOLERANCES[precision]), (strategy, precision, method)
+
+
+RECOMPUTED: list[tuple[Any, Any]] = [
+    ("ddp", "full"),
+    ("zero-3", "full"),
+    ("ddp", {"name": "lora", "rank": 4, "dropout": 0.1}),
+    (STRATEGIES["zero-3 + offload"], {"name": "lora", "rank": 4, "dropout": 0.1}),
+]
+RECOMPUTED_STEPS = 3
+CHUNK = 7  # positions: a micro-batch has several chunks, and the last is not full
+
+
+def test_gradient_checkpointing_beside_the_chunked_loss_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients of the loss's chunks are there before the backward pass begins; dropout is drawn a second time."""
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    base, run = str(tiny_llama(tmp_path / "base", VOCABULARY)), str(tmp_path / "run")
+    cases = [
+        (strategy, "fp32", base, 2, run, 0, RECOMPUTED_STEPS, 0, method, 1e-2, recompute, CHUNK)
+        for strategy, method in RECOMPUTED
+        for recompute in (False, True)
+    ]
+    for answers in on_ranks(2, train_on, cases):
+        for choice, plain, recomputed in zip(RECOMPUTED, answers[::2], answers[1::2], strict=True):
+            assert plain["layer_passes"] == RECOMPUTED_STEPS, choice  # one micro-batch on each rank
+            assert recomputed["layer_passes"] == 2 * RECOMPUTED_STEPS, choice
+            assert recomputed["loss"] == plain["loss"], choice
+            assert recomputed["fragments"].keys() == plain["fragments"].keys() != set()
+            for key, values in plain["fragments"].items():
+                assert np.array_equal(recomputed["fragments"][key], values), (choice, key)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ranks import on_ranks
 from tables import tiny_llama
-from training import train_rank
+from training import train_rank, train_with_each
 
 STRATEGIES = ("ddp", "zero-2", "zero-3")
 
@@ -23,10 +23,18 @@ def reference(model: str) -> Any:
     return on_ranks(1, train_rank, "ddp", model, [(1, 8, 1)], {})[0][0]
 
 
+@pytest.fixture(scope="module")
+def others(model: str) -> list[dict[str, Any]]:
+    """By strategy, of a rank alone and of the first of two."""
+    cuts = ((1, [(1, 2, 4)]), (2, [(2, 2, 2)]))
+    return [on_ranks(ranks, train_with_each, STRATEGIES, model, layouts, {})[0] for ranks, layouts in cuts]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_cut_of_the_global_batch_gives_the_same_curve(strategy: str, model: str, reference: Any) -> None:
-    alone = on_ranks(1, train_rank, strategy, model, [(1, 2, 4)], {})[0]
-    together = on_ranks(2, train_rank, strategy, model, [(2, 2, 2)], {})[0]
+def test_any_cut_of_the_global_batch_gives_the_same_curve(
+    strategy: str, reference: Any, others: list[dict[str, Any]]
+) -> None:
+    alone, together = (found[strategy] for found in others)
     for other in (*alone, *together):
         assert other["loss"] == pytest.approx(reference["loss"], abs=2e-5)
         assert other["norm"] == pytest.approx(reference["norm"], rel=1e-4)

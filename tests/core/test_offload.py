@@ -3,6 +3,7 @@ DeepSpeed takes the ways of offloading; what only a GPU shows is in tests/gpu.""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,35 @@ CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llama(tmp_path_factory.mktemp("base"), VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[list[dict[str, Any]]]]:
+    """(stage, precision) → each rank's answers: without offloading, and then of each choice straight through and from
+    the middle on."""
+    cases: list[Any] = []
+    slices = {}
+    for kind in product(CHOICES, SAME_NUMBER):
+        stage, precision = kind
+        folder, first = tmp_path_factory.mktemp("runs"), len(cases)
+        plain, *offloaded = CHOICES[stage]
+        cases.append((plain, precision, base, 2, str(folder / "plain"), 0))
+        for number, choice in enumerate(offloaded):
+            cases += [(choice, precision, base, 2, str(folder / str(number)), step) for step in (0, AT)]
+        slices[kind] = slice(first, len(cases))
+    ranks = on_ranks(2, train_on, cases)
+    return {kind: [answers[one] for answers in ranks] for kind, one in slices.items()}
+
+
+@pytest.mark.parametrize("precision", SAME_NUMBER)
 @pytest.mark.parametrize("stage", CHOICES)
 def test_offloading_changes_no_number_and_resumes_bit_for_bit(
-    stage: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, precision: str, trained: dict[tuple[str, str], list[list[dict[str, Any]]]]
 ) -> None:
-    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
-    base = str(tiny_llama(tmp_path / "base", VOCABULARY))
-    plain, *offloaded = CHOICES[stage]
-    cases = [(plain, precision, base, 2, str(tmp_path / "plain"), 0)]
-    for number, choice in enumerate(offloaded):
-        cases += [(choice, precision, base, 2, str(tmp_path / f"run-{number}"), step) for step in (0, AT)]
-    answers = on_ranks(2, train_on, cases)
+    answers = trained[stage, precision]
     for reference, *found in answers:
         for straight, resumed in zip(found[::2], found[1::2], strict=True):
             assert straight["counters"] == resumed["counters"] == {"optimizer_steps": TOTAL}
@@ -54,10 +72,10 @@ def test_offloading_changes_no_number_and_resumes_bit_for_bit(
 
 
 def test_another_strategy_and_world_size_go_on_from_an_offloaded_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
-    base, run = str(tiny_llama(tmp_path / "base", VOCABULARY)), str(tmp_path / "run")
+    run = str(tmp_path / "run")
     offloaded = CHOICES["zero-3"][1]
     (straight,) = on_ranks(2, train_on, [(offloaded, "fp32", base, 2, run, 0)])[0]
     others: list[Any] = ["ddp", CHOICES["zero-2"][1], "zero-3", offloaded]

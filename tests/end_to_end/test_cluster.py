@@ -82,6 +82,22 @@ def test_a_node_that_lacks_a_plugin_is_named_before_training(cluster: ThreeNodes
     assert not (tmp_path / "llmft-runs" / "runs" / "lacking").exists()
 
 
+def test_a_node_without_the_folder_for_nvme_is_named_before_training(cluster: ThreeNodes, tmp_path: Path) -> None:
+    """Ray believes that this node has a GPU, and nothing gets so far as to look for it."""
+    variables = {"LLMFT_CACHE": str(cluster.caches[0]), **cluster.environment}
+    node = cluster.cluster.add_node(num_cpus=1, num_gpus=1, node_ip_address="127.0.0.1", env_vars=variables)
+    try:
+        absent = tmp_path / "absent"
+        flags = ("--strategy.offload-params", "nvme", "--strategy.nvme-path", str(absent), "--state.every-minutes", "0")
+        answer = cluster.run("--workers", "1", "--strategy", "zero-3", *flags, "--name", "nvme", folder=tmp_path)
+    finally:
+        cluster.cluster.remove_node(node)
+    assert answer.code == 2, answer.out
+    lacks = f"(127.0.0.1): strategy.nvme-path: {absent} is no folder that this machine can write to: "
+    assert len([line for line in answer.errors if lacks in line]) == 2, "the other node lacks the whole strategy"
+    assert not (tmp_path / "llmft-runs" / "runs" / "nvme").exists()
+
+
 def test_more_workers_than_the_cluster_has_are_refused(cluster: ThreeNodes, tmp_path: Path) -> None:
     answer = cluster.run("--workers", "4", folder=tmp_path)
     assert answer.code == 2, answer.out

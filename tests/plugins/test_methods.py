@@ -121,14 +121,16 @@ def test_four_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPa
     assert on_cpu == [
         "method.quantize: 4-bit weights need an NVIDIA GPU: leave out --method.quantize, or train on GPUs"
     ]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (lacking,) = method.problems(setting(GPU))
-    assert "pip install 'llmft[qlora]'" in lacking.reason
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert method.problems(setting(GPU)) == []
     (partitioned,) = method.problems(setting(GPU, partitioned=True))
     assert "use --strategy ddp or zero-2" in partitioned.reason
     assert lora().problems(setting()) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (lacking,) = method.node_problems("cuda")
+    assert str(lacking) == "method.quantize: 4-bit weights need bitsandbytes: pip install 'llmft[qlora]' here"
+    assert method.node_problems("cpu") == lora().node_problems("cuda") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert method.node_problems("cuda") == []
 
 
 def test_frozen_weights_are_loaded_in_the_type_of_the_arithmetic() -> None:

@@ -16,7 +16,7 @@ from llmft_core.placing import place
 from llmft_core.plan_layers import Layer, resolve
 from llmft_core.prepare import hidden_size
 from llmft_core.train.cluster import Cluster, Node
-from llmft_core.values import Placement
+from llmft_core.values import Device, Placement
 from llmft_plugins.strategies import zero_file
 from llmft_plugins.strategies.zero import check_nvme
 
@@ -287,10 +287,32 @@ def test_the_keys_are_deepspeeds() -> None:
             assert last in top | {"activation_checkpointing", "data_efficiency"}, key
 
 
-def test_a_machine_that_cannot_offload_to_nvme_says_so(tmp_path: Path) -> None:
-    """On each machine by itself, before the model is loaded: DeepSpeed's own check, then the folder."""
+def test_a_machine_without_the_folder_for_nvme_says_so(tmp_path: Path) -> None:
+    """Asked on every node; a file of the user's may name another folder for each."""
+    absent, there = str(tmp_path / "absent"), str(tmp_path)
+    lacks = f"strategy.nvme-path: {absent} is no folder that this machine can write to: make it, or give another one"
+
+    def found(device: Device = "cuda", **options: Any) -> list[str]:
+        return [str(problem) for problem in make("zero-3", **options).node_problems(device)]
+
+    both = {"offload-optimizer": "nvme", "offload-params": "nvme"}
+    assert found(**both, **{"nvme-path": absent}) == [lacks]
+    assert found(**both, **{"nvme-path": there}) == []
+    sections = {
+        "offload_optimizer": {"device": "nvme", "nvme_path": there},
+        "offload_param": {"device": "nvme", "nvme_path": absent},
+    }
+    assert found(config={"zero_optimization": sections}) == [lacks]
+    assert found("cpu", config={"zero_optimization": sections}) == []
+    assert found(offload="all") == []
+
+
+def test_a_machine_without_asynchronous_io_says_so() -> None:
+    """On each rank, before the model is loaded."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    reason = "is no folder that" if AsyncIOBuilder().is_compatible() else "asynchronous I/O does not work on"
-    with pytest.raises(LlmftError, match=reason):
-        check_nvme({"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / "absent")}})
+    if AsyncIOBuilder().is_compatible():
+        check_nvme()
+    else:
+        with pytest.raises(LlmftError, match="asynchronous I/O does not work on"):
+            check_nvme()

@@ -20,7 +20,7 @@ TOTAL = 8
 AT = TOTAL // 2
 
 
-def job_for(strategy: str, precision: str, world_size: int, base: str, method: dict[str, Any]) -> Job:
+def job_for(strategy: Any, precision: str, world_size: int, base: str, method: dict[str, Any]) -> Job:
     """A run whose state is written in its middle, which is also the middle of an epoch."""
     plan = RunPlan.from_json(
         {
@@ -56,7 +56,7 @@ def job_for(strategy: str, precision: str, world_size: int, base: str, method: d
     )
 
 
-def train_adapter(rank: int, cases: list[tuple[str, str, int, str, str, dict[str, Any], int]]) -> list[dict[str, Any]]:
+def train_adapter(rank: int, cases: list[tuple[Any, str, int, str, str, dict[str, Any], int]]) -> list[dict[str, Any]]:
     """Each case is (strategy, precision, world size, base, run, options of the method, step of the state to go on
     from; 0: from the beginning). Losses, all fragments afterwards, and the logits of a row, with dropout off."""
     import torch

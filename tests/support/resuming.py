@@ -34,6 +34,10 @@ class Case(NamedTuple):
     """A state is written after so many steps; 0: none."""
     method: str | dict[str, Any] = "full"
     lr: float = 1e-2
+    recompute: bool = False
+    """Gradient checkpointing."""
+    chunk: int = 1000
+    """Positions in a chunk of the loss; a micro-batch has fewer than this."""
 
 
 def job_for(case: Case) -> Job:
@@ -47,6 +51,7 @@ def job_for(case: Case) -> Job:
             "weight-decay": 0.1,
             "precision": precision,
             "global-batch": GLOBAL_BATCH,
+            "gradient-checkpointing": case.recompute,
             "name": "x",
             "state": {"every-steps": case.at, "every-minutes": 0, "keep-last": 9},
         }
@@ -70,12 +75,15 @@ def job_for(case: Case) -> Job:
 
 
 def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Each case has the fields of `Case`. Losses of its steps, all fragments afterwards, and the states that were
-    written."""
+    """Each case has the fields of `Case`. Losses of its steps, all fragments afterwards, the states that were written,
+    and how often the first layer was computed in training."""
+    import torch
+
     from llmft_core.catalog import Catalog
     from llmft_core.checkpoint.state import copies, views
     from llmft_core.loading import load_plugins
     from llmft_core.storage.places import Places
+    from llmft_core.train import chunked_loss
     from llmft_core.train.loop import train
     from llmft_core.train.method import applied, setting_of
     from llmft_core.train.model import build_model
@@ -84,12 +92,12 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     from llmft_core.train.worker import restore_state
 
     data = InMemory(random_table(ROWS, VOCABULARY, 20))
-
     catalog = Catalog(load_plugins())
     answers = []
     for case in (Case(*fields) for fields in cases):
         place = Places(catalog, None, {}).place(case.run)
         job = job_for(case)
+        chunked_loss.CHUNK_BYTES["cpu"] = case.chunk * 4 * VOCABULARY
         if case.step:
             resume = Resume((place / "state_00000").uri, case.step, 7, 0)
             job = replace(job, resume=resume)
@@ -99,6 +107,12 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
         engine.prepare(model, optimizer_maker(job.plan))
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
+        passes: list[bool] = []
+        # Of what the layer begins with, and before it is computed: what is computed again is its inside, and as far as
+        # it is needed.
+        engine.bare_model.model.layers[0].input_layernorm.register_forward_pre_hook(
+            lambda *_, passes=passes: passes.append(torch.is_grad_enabled())
+        )
         recorder = Recorder()
         with StateSaver(job, engine, rank, recorder, place) as states:
             train(job, engine, data, rank, recorder, lambda *_: None, states.save)  # type: ignore[arg-type]
@@ -108,6 +122,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
                 "fragments": {key: values.numpy() for key, values in copies(views(engine.fragments())).items()},
                 "states": [event["name"] for event in recorder.events if event["kind"] == "state"],
                 "counters": engine.counters(),
+                "layer_passes": sum(passes),
             }
         )
         engine.finish()

@@ -86,6 +86,13 @@ def train_rank(rank: int, strategy: str, folder: str, layouts: list[tuple[int, i
     return answers
 
 
+def train_with_each(
+    rank: int, strategies: tuple[str, ...], folder: str, layouts: list[tuple[int, int, int]], settings: dict
+) -> dict[str, Any]:
+    """`train_rank` by strategy, in one process."""
+    return {strategy: train_rank(rank, strategy, folder, layouts, settings) for strategy in strategies}
+
+
 VOCABULARY = 101
 
 

@@ -7,7 +7,6 @@ Finetuning of Quantized LLMs" (4-bit weights, and adapters on all linear layers)
 from __future__ import annotations
 
 import importlib.util
-import socket
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llmft_core import Adapter, InputError, LlmftError, Method, Options, Problem, Setting, comma_separated, hookimpl
+from llmft_core import (
+    Adapter,
+    Device,
+    InputError,
+    LlmftError,
+    Method,
+    Options,
+    Problem,
+    Setting,
+    comma_separated,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +68,15 @@ class Lora(Method):
         reasons = []
         if setting.placement.device != "cuda":
             reasons.append("4-bit weights need an NVIDIA GPU: leave out --method.quantize, or train on GPUs")
-        elif importlib.util.find_spec("bitsandbytes") is None:
-            reasons.append("4-bit weights need bitsandbytes: pip install 'llmft[qlora]', on every node")
         if setting.partitioned:
             why = "4-bit weights are packed bytes with scales beside them, which are not partitioned"
             reasons.append(f"{why}: use --strategy ddp or zero-2, or leave out --method.quantize")
         return [Problem("method.quantize", reason) for reason in reasons]
+
+    def node_problems(self, device: Device) -> list[Problem]:
+        if self.options.quantize == "none" or device != "cuda" or importlib.util.find_spec("bitsandbytes") is not None:
+            return []
+        return [Problem("method.quantize", "4-bit weights need bitsandbytes: pip install 'llmft[qlora]' here")]
 
     def loading(self, setting: Setting) -> dict[str, Any]:
         """Frozen weights need no fp32 copy: they are held in the type that training computes in."""
@@ -75,8 +88,6 @@ class Lora(Method):
             return {"dtype": dtype}
         from transformers import BitsAndBytesConfig
 
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise LlmftError(f"bitsandbytes is missing on {socket.gethostname()}: pip install 'llmft[qlora]' there too")
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.options.quantize,

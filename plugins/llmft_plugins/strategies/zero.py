@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmft_core import (
+    Device,
     Engine,
     FillPartition,
     Fragment,
@@ -30,6 +31,7 @@ from llmft_plugins.strategies.zero_config import (
     PARAMS,
     ZeroOptions,
     deepspeed_config,
+    folder_problems,
     offload_problems,
     open_keys,
     planned,
@@ -59,6 +61,9 @@ class Zero(Strategy):
             mine = planned(self.options, self.stage, placement)
             found += file_problems(self.options.config, mine, placement, open_keys(self.options))
         return found
+
+    def node_problems(self, device: Device) -> list[Problem]:
+        return folder_problems(self.options) if device == "cuda" else []  # without a GPU `problems` says more
 
     def state_problem(self) -> str:
         where = [self.options.device(section) for section in (OPTIMIZER, PARAMS)]
@@ -106,7 +111,7 @@ class ZeroEngine(Engine):
             # DeepSpeed would compile a shared-memory operator at start: a minute, and a compiler that may not be there.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "nvme" in self._offload.values():
-            check_nvme(zero)
+            check_nvme()
         handlers = [InitProcessGroupKwargs(backend="gloo")] if placement.device == "cpu" else []
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=configuration, zero3_init_flag=self.stage == 3),
@@ -287,8 +292,8 @@ class ZeroEngine(Engine):
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own; a ddp run after this one would obey it
 
 
-def check_nvme(zero: Mapping[str, Any]) -> None:
-    """Raises LlmftError where this machine cannot offload to NVMe: DeepSpeed's own check, and the folder."""
+def check_nvme() -> None:
+    """Raises LlmftError where this machine cannot offload to NVMe, by DeepSpeed's own check, which needs the GPU."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
@@ -296,10 +301,6 @@ def check_nvme(zero: Mapping[str, Any]) -> None:
             f"DeepSpeed's asynchronous I/O does not work on {socket.gethostname()} (no libaio, or no compiler): "
             "install libaio-dev, or use cpu for --strategy.offload-optimizer and --strategy.offload-params"
         )
-    for section in (OPTIMIZER, PARAMS):
-        path = zero.get(section, {}).get("nvme_path")
-        if path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
-            raise LlmftError(f"--strategy.nvme-path {path} is no folder that {socket.gethostname()} can write to")
 
 
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -139,6 +140,17 @@ def offload_problems(options: ZeroOptions, stage: int, placement: Placement) -> 
     if options.nvme_path and not nvme:
         found.append(Problem("strategy.nvme-path", "nothing is offloaded to NVMe: leave it out, or choose nvme"))
     return found
+
+
+def folder_problems(options: ZeroOptions) -> list[Problem]:
+    """Folders for NVMe that are not there for this machine to write to."""
+    found = []
+    for section in (OPTIMIZER, PARAMS):
+        path = options.nvme_path or says(options.config, f"zero_optimization.{section}.nvme_path")
+        if path and options.device(section) == "nvme" and not (os.path.isdir(path) and os.access(path, os.W_OK)):
+            reason = f"{path} is no folder that this machine can write to: make it, or give another one"
+            found.append(Problem("strategy.nvme-path", reason))
+    return list(dict.fromkeys(found))
 
 
 def open_keys(options: ZeroOptions) -> list[str]:
