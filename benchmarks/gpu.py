@@ -10,8 +10,9 @@ engine and the method that `llmft run` drives. --tiny does the same on the CPU w
 shows that the program runs, and measures nothing.
 
 Four workloads: full fine-tuning and LoRA, each with rows of lengths like GSM8K's packed into contexts of 512, and with
-rows of 4096 tokens. Two thirds of each row are trained. The two candidates take turns, each in processes of its own;
-the first steps are left out, and the median of the others is shown.
+rows of 4096 tokens. Two thirds of each row are trained. The candidates take turns, each in processes of its own; the
+first steps are left out, and the median of the others is shown. `--candidates "llmft,llmft --compile"` shows what
+compiled blocks gain; the seconds of compiling, before the first step, are not in it.
 
 - Tokens/s: real tokens of all GPUs, without padding.
 - MFU: model FLOPs utilisation by the formula of PaLM (Chowdhery et al. 2022, appendix B): tokens/s × (6 N + 12 L H Q T)
@@ -91,7 +92,7 @@ def made_table(lengths: Any, ids: Any) -> Any:
     return InMemory()
 
 
-def plan_of(given: argparse.Namespace) -> Any:
+def plan_of(given: argparse.Namespace, compiled: bool) -> Any:
     from llmft_core.plan import RunPlan
 
     return RunPlan.from_json(
@@ -106,6 +107,7 @@ def plan_of(given: argparse.Namespace) -> Any:
             "schedule": "constant",
             "data": {"packing": "best-fit" if given.packed else "none"},
             "gradient-checkpointing": given.gradient_checkpointing,
+            "compile": compiled,
             "state": {"every-minutes": 0},
         }
     )
@@ -118,20 +120,21 @@ def plugin(kind: str, path: str, options: dict[str, Any]) -> Any:
     return made(made.options_type.model_validate(options))
 
 
-def llmft(given: argparse.Namespace, rank: int) -> dict[str, Any]:
+def llmft(given: argparse.Namespace, rank: int, *, compiled: bool = False) -> dict[str, Any]:
     """Ours, on one rank: seconds of each optimizer step, and real tokens of them."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from llmft_core.data.order import Order
     from llmft_core.data.steps import epoch_steps
+    from llmft_core.train.compiled import compile_blocks
     from llmft_core.train.job import Job
     from llmft_core.train.loop import train
     from llmft_core.train.model import flash_attends
     from llmft_core.train.optimizer import optimizer_maker
     from llmft_core.values import Placement, Setting
 
-    plan, table, device = plan_of(given), table_of(given), "cpu" if given.tiny else "cuda"
+    plan, table, device = plan_of(given, compiled), table_of(given), "cpu" if given.tiny else "cuda"
     placement = Placement(given.gpus, device, given.precision, given.micro_batch, given.accumulation, 1.0)
     epochs = epoch_steps(Order.of(table, plan), plan, placement, None)
     config = config_of(given.tiny)
@@ -149,12 +152,21 @@ def llmft(given: argparse.Namespace, rank: int) -> dict[str, Any]:
     if given.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    engine.prepare(method.apply(model, setting), optimizer_maker(plan))
+    model = method.apply(model, setting)
+    if compiled:
+        compile_blocks(model, plan)
+    engine.prepare(model, optimizer_maker(plan))
     steps: list[dict[str, float]] = []
-    heard = SimpleNamespace(send=lambda event: steps.append(event["metrics"]) if event["kind"] == "metrics" else None)
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["kind"] == "metrics":
+            steps.append(event["metrics"])
+        else:
+            print(event.get("text"), file=sys.stderr, flush=True)
+
     report = SimpleNamespace(splits={"train": SimpleNamespace(weights=(1.0,))})
     data = SimpleNamespace(train=table, test=None, report=report)
-    train(job, engine, data, rank, heard, lambda *_: None)  # type: ignore[arg-type]
+    train(job, engine, data, rank, SimpleNamespace(send=hear), lambda *_: None)  # type: ignore[arg-type]
     engine.finish()
     seconds = [step["train/step_seconds"] for step in steps]
     tokens = [step["train/tokens_per_second"] * step["train/step_seconds"] for step in steps]
@@ -252,7 +264,11 @@ def no_words() -> Any:
     return Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>"))
 
 
-CANDIDATES: dict[str, Callable[[argparse.Namespace, int], dict[str, Any]]] = {"llmft": llmft, "TRL": trl}
+CANDIDATES: dict[str, Callable[[argparse.Namespace, int], dict[str, Any]]] = {
+    "llmft": llmft,
+    "llmft --compile": lambda given, rank: llmft(given, rank, compiled=True),
+    "TRL": trl,
+}
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -302,7 +318,7 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
     for rank in range(given.gpus):
         layout = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": given.gpus, "LOCAL_WORLD_SIZE": given.gpus}
         layout |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        device = {"ACCELERATE_TORCH_DEVICE": "cpu" if given.tiny else f"cuda:{rank}"} if name == "llmft" else {}
+        device = {"ACCELERATE_TORCH_DEVICE": "cpu" if given.tiny else f"cuda:{rank}"} if name != "TRL" else {}
         environment = {**os.environ, **{key: str(value) for key, value in layout.items()}, **device}
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     outputs = [process.communicate()[0] for process in processes]
@@ -333,7 +349,7 @@ def main() -> None:
     parser.add_argument("--strategy", choices=list(STRATEGIES), help="default: zero-2; ddp on the CPU and for LoRA")
     parser.add_argument("--methods", default="full,lora")
     parser.add_argument("--contexts", default="512,4096", help="512 and shorter are packed")
-    parser.add_argument("--candidates", default="llmft,TRL")
+    parser.add_argument("--candidates", default="llmft,TRL", help=f"of {', '.join(CANDIDATES)}; default: llmft,TRL")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a GPU in an optimizer step")
     parser.add_argument(
@@ -350,6 +366,8 @@ def main() -> None:
         return
     if given.steps <= WARM_UP:
         raise SystemExit(f"--steps {given.steps}: the first {WARM_UP} are left out: give at least {WARM_UP + 1}")
+    if "llmft --compile" in given.candidates.split(",") and given.strategy == "zero-3":
+        raise SystemExit("--candidates: llmft refuses --compile with zero-3")
     names, missing = [name for name in CANDIDATES if name in given.candidates.split(",")], []
     if "TRL" in names and importlib.util.find_spec("trl") is None:
         names.remove("TRL")

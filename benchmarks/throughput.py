@@ -15,6 +15,8 @@ of its own threads are counted beside those of the clock: they tell something ev
 What each does:
 
 - llmft: the worker as `llmft run --workers 0` starts it, with packing; its loop, its data path, its metrics.
+- llmft --compile: the same with that flag. It compiles before its first step, in the pass that does not count, and says
+  on standard error how long that took.
 - bare, trained positions: a PyTorch loop over rows that were packed and put into tensors before the clock starts; the
   output layer and the cross-entropy at the positions that predict a trained token. The upper bound.
 - bare, all logits: the same loop, with logits at all positions.
@@ -60,11 +62,12 @@ def make(shared: Path, folder: Path, rows: int) -> None:
     prepared(folder)
 
 
-def plan_of(rounds: int = 1) -> Any:
-    """The plan of our candidate, by which the rows of all are encoded."""
+def plan_of(rounds: int = 1, *, compiled: bool = False) -> Any:
+    """The plan of our candidates, by which the rows of all are encoded."""
     from llmft_core.plan import RunPlan
 
     settings = {"epochs": rounds, "schedule": "constant", "lr": LEARNING_RATE, "global-batch": MICRO_BATCH}
+    settings["compile"] = compiled
     data = {"packing": "best-fit", "on-long": "truncate"}
     written = {"checkpoint": {"every-epochs": 0}, "state": {"every-minutes": 0}, "tracker": []}
     return RunPlan.from_json({"name": "r", "strategy": "ddp", "precision": "fp32", "data": data, **settings, **written})
@@ -83,7 +86,7 @@ def prepared(folder: Path) -> Any:
     return prepare(dataset, find_sources(dataset, None), plan_of(), tokenizer, "print", folder / "cache")
 
 
-def llmft(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
+def llmft(folder: Path, rounds: int, done: Callable[[bool], None], *, compiled: bool = False) -> None:
     """Ours."""
     from llmft_core.data.order import Order
     from llmft_core.data.steps import epoch_steps, total_steps
@@ -93,7 +96,7 @@ def llmft(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
     from llmft_core.train.stopping import Stop
     from llmft_core.values import Placement
 
-    plan, data = plan_of(rounds), prepared(folder)
+    plan, data = plan_of(rounds, compiled=compiled), prepared(folder)
     plan = plan.model_copy(update={"storage": {"name": "local", "root": str(folder / "runs")}})
     placement = Placement(1, "cpu", "fp32", MICRO_BATCH, 1, plan.max_grad_norm)
     steps = epoch_steps(Order.of(data.train, plan), plan, placement, None)
@@ -103,6 +106,8 @@ def llmft(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
     def heard(event: dict[str, Any]) -> None:
         if event["kind"] == "metrics":
             done(job.locate(event["step"] - 1)[1] == steps[0] - 1)
+        elif event["kind"] in ("phase", "warning") and compiled:
+            print(f"llmft --compile: {event['text']}", file=sys.stderr, flush=True)
 
     stop = Stop()
     train_in_process(job, Watch(heard, job, stop), stop)
@@ -203,6 +208,7 @@ def trl(folder: Path, rounds: int, done: Callable[[bool], None]) -> None:
 
 CANDIDATES: dict[str, Candidate] = {
     "llmft": llmft,
+    "llmft --compile": lambda *given: llmft(*given, compiled=True),
     "bare, trained positions": lambda *given: bare_loop(*given, packed=True, loss=trained_logits),
     "bare, all logits": lambda *given: bare_loop(*given, packed=True, loss=all_logits),
     "TRL": trl,

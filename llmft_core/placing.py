@@ -78,6 +78,9 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     problems += chosen.problems(largest)
     if (reason := chosen.state_problem()) and (plan.state.every_steps or plan.state.every_minutes):
         problems.append(Problem("state", f"{reason}: --state.every-minutes 0 writes none, for a run that cannot go on"))
+    if plan.compile and chosen.partitions_weights:
+        reason = f"{strategy['name']} gathers weights within each block, where a compiled block does not wait for them"
+        problems.append(Problem("compile", f"{reason}: use --strategy ddp or zero-2, or leave out --compile"))
     problems += capacity_problems(placed, cluster)
     if problems:
         raise Problems(problems)

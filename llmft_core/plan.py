@@ -202,6 +202,7 @@ class RunPlan(Options):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
+    compile: bool = Field(False, description="compile the repeated blocks of the model (torch.compile)")
     seed: NotNegative = Field(0, description="seed of data order, dropout and new embeddings")
     deterministic: bool = Field(
         False, description="kernels that give the same bits every time: exact resume on GPUs, some steps slower"

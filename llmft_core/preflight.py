@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import socket
+import sysconfig
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +93,23 @@ def disk_problems(checkpoint_bytes: int) -> list[Problem]:
     ]
 
 
+def compiler_problems(device: Device) -> list[Problem]:
+    """What this machine lacks of what torch.compile builds kernels with, which it does where they run."""
+    lacking: dict[str, str] = {}  # what → how to get it
+    on_gpu = device == "cuda"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        lacking["triton cannot be imported"] = "pip install triton"
+    wanted = [os.environ.get("CC", ""), "gcc", "clang"] if on_gpu else [os.environ.get("CXX", "g++")]
+    if not any(shutil.which(compiler) for compiler in wanted):
+        lacking["no C compiler is in PATH" if on_gpu else f"{wanted[0]} is not in PATH"] = "apt-get install g++"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        lacking["Python.h is not there"] = "apt-get install python3-dev"
+    return [
+        Problem("compile", f"{what}, with which torch.compile builds kernels: {mend}, or leave out --compile")
+        for what, mend in lacking.items()
+    ]
+
+
 def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int) -> list[str]:
     """Runs on a node: what of the plan its own plugins cannot do, what it lacks for them, whether it sees a file
     (`seen`, or nothing), and whether its cache has room for a checkpoint: any node may get rank 0."""
@@ -106,6 +126,8 @@ def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int
     if not problems:
         problems += map(str, machine_problems(plan, catalog))
     problems += [str(problem) for problem in disk_problems(checkpoint_bytes)]
+    if plan.compile:
+        problems += map(str, compiler_problems("cuda" if plan.gpus_per_worker else "cpu"))
     if seen and not Path(seen).exists():
         problems.append(
             f"storage.root: {Path(seen).parent} is not the driver's folder: "

@@ -23,6 +23,7 @@ from llmft_core.extensions import DatasetFormat, Method
 from llmft_core.placing import place
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import (
+    compiler_problems,
     context_problems,
     disk_problems,
     machine_problems,
@@ -88,8 +89,9 @@ def make_ready(
     problems += storage_problems(plan, places, new=not resumed)
     problems += sharing_problems(plan, cluster, catalog)
     problems += tracker_problems(plan, catalog)
-    if placed and cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
-        problems += machine_problems(plan, catalog)
+    if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
+        problems += machine_problems(plan, catalog) if placed else []
+        problems += compiler_problems("cuda" if cluster.gpus else "cpu") if plan.compile else []
     if plan.data.engine == "ray" and cluster.address in ("", "local"):
         why = "ray encodes on the nodes of a cluster elsewhere, and this run has this machine: local uses all its cores"
         problems.append(Problem("data.engine", why))

@@ -28,6 +28,7 @@ HARMLESS = (
     "micro-batch",
     "eval-micro-batch",
     "gradient-checkpointing",
+    "compile",
     "tracker",
     "checkpoint",
     "state",

@@ -31,6 +31,7 @@ def pytest_configure() -> None:
         HF_HUB_OFFLINE="1",
         RAY_USAGE_STATS_ENABLED="0",
         LLMFT_CACHE=str(Path(_scratch[0]) / "cache"),
+        TORCHINDUCTOR_CACHE_DIR=str(Path(_scratch[0]) / "kernels"),
         AWS_EC2_METADATA_DISABLED="true",  # no credentials means none: do not ask a metadata server for 2 s
         NO_GCE_CHECK="true",
         GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else a gcsfs of the tests' own probes the network for a minute

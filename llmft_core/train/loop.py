@@ -17,6 +17,7 @@ from llmft_core.data.batches import Form, MicroBatch, rank_micro_batches, real_t
 from llmft_core.data.order import Order, mix_of
 from llmft_core.extensions import Engine
 from llmft_core.train.aside import PutAside
+from llmft_core.train.compiled import compile_ahead, graphs, uncompiled
 from llmft_core.train.evaluate import evaluate
 from llmft_core.train.guards import Guards, with_its_gradient
 from llmft_core.train.isolation import check_isolation
@@ -59,7 +60,15 @@ def train(
     watchdog = watchdog or Watchdog(0, rank, reporter)
     device = torch.device("cuda", torch.cuda.current_device()) if placement.device == "cuda" else torch.device("cpu")
     form = Form.of(plan, job.pad_id)
-    output, caution = find_output_layer(job, engine, device)
+    if plan.compile:
+        watchdog.compiling()
+        if rank == 0:
+            reporter.send({"kind": "phase", "text": "compiling the model's blocks"})
+        said = compile_ahead(job, engine, device)
+        if rank == 0:
+            reporter.send({"kind": "phase", "text": said})
+    with uncompiled(plan.compile):  # it calls the model otherwise than training does
+        output, caution = find_output_layer(job, engine, device)
     call = Call(output, flat=joins_rows(engine.bare_model))
     if rank == 0 and caution:
         reporter.send({"kind": "warning", "text": caution})
@@ -70,6 +79,7 @@ def train(
     latest: dict[str, float] = {}
     first = job.resume.step if job.resume else 0
     state_written = time.monotonic()
+    compiled = graphs() if plan.compile else 0
     for step in range(first, job.total_steps):
         started = time.perf_counter()
         epoch, step_of_epoch = job.locate(step)
@@ -125,6 +135,9 @@ def train(
         due = is_due(job, done, epoch, epoch_ends)
         if due["evaluate"] and data.test is not None:
             latest |= evaluate(job, engine, data.test, rank, device, call, partial(watchdog.at, done))
+        if rank == 0 and plan.compile and graphs() > compiled:
+            compiled = graphs()
+            reporter.send({"kind": "warning", "text": f"step {done} took long: blocks were compiled again"})
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:

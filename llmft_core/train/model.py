@@ -40,10 +40,14 @@ def build_model(
 
 
 def flash_attends(model: torch.nn.Module, job: Job) -> bool:
-    """Whether FlashAttention is installed, and does for this model, device and precision."""
+    """Whether FlashAttention is installed, and does for this model, device and precision.
+
+    Not where blocks are compiled: it looks at positions within a block, to see where samples begin, and a graph cannot
+    depend on values.
+    """
     from transformers.utils import is_flash_attn_2_available
 
-    fits = job.placement.device == "cuda" and job.placement.precision in ("bf16", "fp16")
+    fits = job.placement.device == "cuda" and job.placement.precision in ("bf16", "fp16") and not job.plan.compile
     return fits and bool(getattr(model, "_supports_flash_attn", False)) and is_flash_attn_2_available()
 
 

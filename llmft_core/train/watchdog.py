@@ -19,7 +19,8 @@ from llmft_core.errors import LlmftError
 from llmft_core.train.job import Reporter
 
 PATIENCE_SECONDS = 3000.0
-"""The least limit where a rank may wait for an upload of its own or another's: those have deadlines themselves."""
+"""The least limit where a rank may wait for an upload of its own or another's, which have deadlines themselves, or for
+a compiler."""
 REPORTING_SECONDS = 5.0
 """Between a rank's report and its end, at least: the others, which wait for it, reach their limits and report too."""
 REPORTING_SHARE = 0.05
@@ -50,7 +51,7 @@ class Watchdog:
         """`seconds` of a stage after which a rank hangs; 0: nobody looks."""
         self._seconds, self._rank, self._reporter = seconds, rank, reporter
         self._stage = Stage(0, 0, "the start", time.monotonic())
-        self._saving = False
+        self._patient = False
         self._done = threading.Event()
         self._trains = threading.get_ident()  # the thread that is watched
         self._thread = threading.Thread(target=self._watch, name="llmft-watchdog", daemon=True)
@@ -61,17 +62,22 @@ class Watchdog:
 
     def saving(self, step: int, what: str) -> None:
         """A stage in which a rank may wait for an upload. The others may wait for that rank, here or later."""
-        self._saving = True
+        self._patient = True
         self.at(step, what)
 
+    def compiling(self) -> None:
+        """The same before the first step, for a compiler."""
+        self._patient = True
+        self.at(0, "the compilation of the model's blocks")
+
     def met(self) -> None:
-        """All ranks have met: none of them is saving any more."""
-        self._saving = False
+        """All ranks have met: none of them is saving any more, or compiling."""
+        self._patient = False
 
     @property
     def limit(self) -> float:
         """Seconds that the present stage may take."""
-        return max(self._seconds, PATIENCE_SECONDS) if self._saving else self._seconds
+        return max(self._seconds, PATIENCE_SECONDS) if self._patient else self._seconds
 
     def _watch(self) -> None:
         while not self._done.wait(self._pause):

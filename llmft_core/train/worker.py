@@ -19,6 +19,7 @@ from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.aside import put_aside
+from llmft_core.train.compiled import compile_blocks, compiler_errors
 from llmft_core.train.deterministic import deterministic_kernels
 from llmft_core.train.gpu_memory import measured, out_of_memory
 from llmft_core.train.job import Job, Reporter, Resume
@@ -71,12 +72,15 @@ def train_rank(
         loading = {} if setting.partitioned else method.loading(setting)
         model = applied(method, build_model(job, engine, partial(tell, "warning"), loading), setting, engine)
         adapter = method.adapter(model, setting)
+        if plan.compile:
+            compile_blocks(model, plan)
         engine.prepare(model, optimizer_maker(plan))
         start = start_of(engine, adapter) if adapter is not None else None
         if job.resume is not None and job.resume.state:
             tell("phase", f"restoring the state of step {job.resume.step}")
             restore_state(places.place(job.resume.state), engine)
         with (
+            compiler_errors(plan.compile),
             deterministic_kernels(plan.deterministic),
             Saver(job, engine, rank, reporter, run, start) as saver,
             StateSaver(job, engine, rank, saver, run, saver.background) as states,

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     """Gradient checkpointing."""
     chunk: int = 1000
     """Positions in a chunk of the loss; a micro-batch has fewer than this."""
+    compiled: bool = False
 
 
 def job_for(case: Case) -> Job:
@@ -53,6 +54,8 @@ def job_for(case: Case) -> Job:
             "global-batch": GLOBAL_BATCH,
             "gradient-checkpointing": case.recompute,
             "name": "x",
+            "context-length": 20,
+            "compile": case.compiled,
             "state": {"every-steps": case.at, "every-minutes": 0, "keep-last": 9},
         }
     )
@@ -84,6 +87,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     from llmft_core.loading import load_plugins
     from llmft_core.storage.places import Places
     from llmft_core.train import chunked_loss
+    from llmft_core.train.compiled import compile_blocks
     from llmft_core.train.loop import train
     from llmft_core.train.method import applied, setting_of
     from llmft_core.train.model import build_model
@@ -104,6 +108,8 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
         setting = setting_of(job.plan, job.placement, (), catalog)
         model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
+        if job.plan.compile:
+            compile_blocks(model, job.plan)
         engine.prepare(model, optimizer_maker(job.plan))
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)

@@ -191,7 +191,7 @@ def save_once(rank: int, base: str, store: str, room: bool) -> list[dict[str, An
     return recorder.events
 
 
-def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, str]:
+def isolation(rank: int, strategy: str, folders: dict[str, str], compiled: bool = False) -> dict[str, str]:
     """What the probe before packed training says of each model; nothing where it lets the training begin."""
     import torch
     import torch.distributed as dist
@@ -199,6 +199,7 @@ def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, st
     from llmft_core.catalog import Catalog
     from llmft_core.errors import LlmftError
     from llmft_core.loading import load_plugins
+    from llmft_core.train.compiled import compile_blocks
     from llmft_core.train.isolation import check_isolation
     from llmft_core.train.model import build_model
     from llmft_core.train.optimizer import optimizer_maker
@@ -208,7 +209,10 @@ def isolation(rank: int, strategy: str, folders: dict[str, str]) -> dict[str, st
         settings = {"context-length": 20, "data": {"packing": "best-fit"}}
         job = job_for(strategy, Path(folder), dist.get_world_size(), 2, 1, **settings)
         engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        engine.prepare(build_model(job, engine), optimizer_maker(job.plan))
+        model = build_model(job, engine)
+        if compiled:
+            compile_blocks(model, job.plan)
+        engine.prepare(model, optimizer_maker(job.plan))
         try:
             check_isolation(job, engine, torch.device("cpu"))
             answers[kind] = ""
