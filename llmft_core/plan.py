@@ -202,7 +202,11 @@ class RunPlan(Options):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
-    compile: bool = Field(False, description="compile the repeated blocks of the model (torch.compile)")
+    compile: bool = Field(
+        False,
+        description="compile the model's repeated blocks by torch.compile, a minute or more before the first step; "
+        "nearly nothing is gained on CPU; not tried on GPUs, refused with zero-3",
+    )
     seed: NotNegative = Field(0, description="seed of data order, dropout and new embeddings")
     deterministic: bool = Field(
         False, description="kernels that give the same bits every time: exact resume on GPUs, some steps slower"

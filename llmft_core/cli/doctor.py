@@ -128,13 +128,13 @@ def check_gpus() -> list[Finding]:
 
 
 def check_compiler() -> list[Finding]:
-    """What DeepSpeed builds its CPU operators with."""
+    """What DeepSpeed builds its CPU operators with, and torch.compile its kernels."""
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
     if not missing:
         return [Finding("ok", "compiler", "g++ and ninja")]
     message = (
         f"no {' and no '.join(missing)} in PATH: DeepSpeed builds its CPU operators when they are first used "
-        "(offload to CPU, and its collectives where there is no GPU)"
+        "(offload to CPU, and its collectives where there is no GPU), and --compile needs g++ on CPU"
     )
     mend = "apt-get install g++ ninja-build; --strategy ddp does without, and so does zero on GPUs without offload"
     return [Finding("warning", "compiler", message, mend)]

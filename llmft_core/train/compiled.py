@@ -72,14 +72,14 @@ def graphs() -> int:
 def compile_ahead(job: Job, engine: Engine, device: torch.device) -> str:
     """Compile before the first step, on rows of the context's length; says what was done. Not collective.
 
-    Kernels are cut for the sizes that a graph saw first: were these sizes of some batch, then a run that goes on with
-    another batch would compute other bits. No weight changes, and no gradient is kept.
+    Kernels may be cut for the sizes that a graph saw first: were these sizes of some batch, then a run that goes on
+    with another batch might compute other bits. No weight changes, and no gradient is kept.
     """
     started, before = time.monotonic(), graphs()
     plan, model, blocks = job.plan, engine.bare_model, blocks_of(engine.bare_model)
     form, context = Form.of(plan, job.pad_id), job.plan.context_length
     evaluated = plan.eval_micro_batch or job.placement.micro_batch
-    # PyTorch's cache on disk takes one graph for all sizes, whatever sizes its kernels were cut for.
+    # PyTorch's cache on disk has one entry for all sizes, whatever sizes its kernels were cut for.
     sizes = (job.placement.micro_batch, evaluated, context, torch.get_num_threads())
     torch.compiler.config.cache_key_tag = f"llmft {' '.join(map(str, sizes))}"
     trained = [next((p for p in block.parameters() if p.requires_grad), None) for block in blocks]
