@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +13,23 @@ import psutil
 import pytest
 from background import background_run
 from command import llmft
+from nodes import Nodes, no_nodes_yet, ray_head
 
 RUN = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8", "--epochs", "6"]
 RUN += ["--checkpoint.every-epochs", "0", "--strategy", "zero-2", "--state.every-steps", "2", "--max-failures", "1"]
 STEPS = 48
 
 
-@dataclass
-class Nodes:
-    """A head without room for workers, and nodes with one core and a cache of their own."""
-
-    cluster: Any
-    caches: Path
-    there: list[Any]
-
-    def add(self, name: str, **variables: str) -> Any:
-        """A node; its cache is its name's."""
-        environment = {"LLMFT_CACHE": str(self.caches / name), **variables}
-        node = self.cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=environment)
-        self.cluster.wait_for_nodes()
-        self.there.append(node)
-        return node
-
-    def lose(self, node: Any) -> None:
-        """As when a machine's power is cut."""
-        self.there.remove(node)
-        self.cluster.remove_node(node, allow_graceful=False)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before ray is imported: it stays on loopback
-    from ray.cluster_utils import Cluster
-
-    head: dict[str, Any] = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False}
-    head["_system_config"] = {"health_check_period_ms": 1000}  # a lost node is found in 5 s rather than in 15
-    started = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with ray_head(health_check_period_ms=1000) as started:  # a lost node is found in 5 s rather than in 15
         yield started
-    finally:
-        started.shutdown()
-        monkeypatch.undo()
 
 
 @pytest.fixture
 def nodes(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """None at first, and none afterwards."""
-    made = Nodes(cluster, tmp_path_factory.mktemp("caches"), [])
-    yield made
-    for node in list(made.there):
-        made.lose(node)
+    with no_nodes_yet(cluster, tmp_path_factory.mktemp("caches")) as made:
+        yield made
 
 
 def run_of(nodes: Nodes, workers: str, name: str) -> list[str]:
@@ -84,8 +49,9 @@ def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
         assert running.ended() == 0, running.text
     text = running.text
     assert "2 of 1:2 on CPU" in text
-    assert re.search(r"^warning: rank \d on \S+: the process was killed or its machine is gone; `llmft", text, re.M)
-    assert re.search(r"^warning: rank \d on \S+: its node was lost$", text, re.M)
+    # A busy driver hears of the rank when Ray knows of its node already: then one line says both.
+    assert re.search(r"^warning: rank \d on \S+: .* (is gone|node was lost); `llmft resume \S+` goes on", text, re.M)
+    assert len(re.findall(r"^warning: rank \d on \S+: its node was lost", text, re.M)) == 1
     assert "warning: 1 worker of --workers 1:2 now, instead of 2: " in text
     assert re.search(r"^warning: .* go on after optimizer step \d+: \d+ steps? of .* done again$", text, re.M)
     assert re.search(r"^the workers were started again 1 time: ", text, re.M)
@@ -115,6 +81,28 @@ def test_a_node_that_joins_replaces_a_lost_one(nodes: Nodes, tmp_path: Path) -> 
         (runs / name / "checkpoint_00000" / "model.safetensors").read_bytes() for name in ("straight", "replaced")
     ]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_is_used_where_workers_start_anyway(nodes: Nodes, tmp_path: Path) -> None:
+    nodes.add("first")
+    flags = ["--epochs", "30", "--max-failures", "9"]
+    with background_run(*run_of(nodes, "1:2", "grows"), *flags, folder=tmp_path) as running:
+        running.wait_for("state_00000 complete")
+        nodes.add("second")
+        kills = 0
+        while "warning: 2 workers of --workers 1:2 now, instead of 1: " not in running.text:
+            assert kills < 9, running.text  # Ray Train looks at the cluster every 20 s
+            (rank,) = [rank for node in nodes.there for rank in nodes.ranks(node)]
+            rank.kill()
+            kills += 1
+            while " complete: " not in "".join(running.text.split("were started again and go on")[kills:]):
+                assert running.process.poll() is None, running.text
+                time.sleep(0.05)
+        assert running.ended() == 0, running.text
+    assert "… a node joined: it gets the prepared data and the weights" in running.text
+    assert len(list((nodes.caches / "second").glob("built/*/model.safetensors"))) == 1
+    assert steps_logged(tmp_path / "llmft-runs" / "runs" / "grows") == list(range(1, 5 * STEPS + 1))
 
 
 def test_a_worker_that_the_memory_monitor_kills_is_said_to_be_one(nodes: Nodes, tmp_path: Path) -> None:
