@@ -74,8 +74,7 @@ def loss_sum(
     with output.at(wanted):
         logits = model(**inputs).logits
     if output.way == "loss":
-        assert output.loss is not None
-        loss = output.loss
+        loss = output.taken_loss()
     else:
         logits = logits.flatten(0, 1)  # (N, V), or (B·T, V)
         logits = logits if output.way == "positions" else logits.index_select(0, wanted.positions)
