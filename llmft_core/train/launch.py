@@ -67,6 +67,7 @@ def train_in_process(job: Job, watch: Watch, stop: Stop) -> None:
     import torch
     import torch.distributed as dist
 
+    from llmft_core.train.process_group import end_process_groups
     from llmft_core.train.worker import train_rank
 
     # accelerate and DeepSpeed read the layout from these.
@@ -86,7 +87,7 @@ def train_in_process(job: Job, watch: Watch, stop: Stop) -> None:
         raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            end_process_groups()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

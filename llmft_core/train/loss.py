@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from llmft_core.data.batches import MicroBatch
 from llmft_core.train.output_layer import OutputLayer, Wanted
+from llmft_core.train.packed_mask import told
 from llmft_core.values import IGNORED_LABEL
 
 
@@ -71,11 +72,10 @@ def loss_sum(
         positions = positions.new_zeros(1)  # nothing is trained, but every rank takes part in the backward pass
     targets = targets[positions].clamp(min=0)
     wanted = Wanted(sent(positions, input_ids.device), sent(targets, input_ids.device))
-    with output.at(wanted):
+    with output.at(wanted), told(packed=position_ids is not None):
         logits = model(**inputs).logits
     if output.way == "loss":
-        assert output.loss is not None
-        loss = output.loss
+        loss = output.taken_loss()
     else:
         logits = logits.flatten(0, 1)  # (N, V), or (B·T, V)
         logits = logits if output.way == "positions" else logits.index_select(0, wanted.positions)

@@ -36,7 +36,7 @@ class OutputLayer:
         self.layer = layer_of(bare_model)
         self.shaping = Shaping.of(bare_model.config)
         self.way: Way = "all"
-        self.loss: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
         self._wanted: Wanted | None = None
         if self.layer is not None:
             self._forward = self.layer.forward
@@ -46,13 +46,20 @@ class OutputLayer:
 
     @contextmanager
     def at(self, wanted: Wanted) -> Iterator[None]:
-        """A context in which a forward pass computes what is wanted alone. Way `loss`: `self.loss` has it afterwards,
-        0-d float32, and the logits mean nothing. Way `positions`: logits are (1, N, V)."""
-        self.loss, self._wanted = None, wanted
+        """A context in which a forward pass computes what is wanted alone. Way `loss`: `taken_loss` has it afterwards,
+        and the logits mean nothing. Way `positions`: logits are (1, N, V)."""
+        self._loss, self._wanted = None, wanted
         try:
             yield
         finally:
             self._wanted = None
+
+    def taken_loss(self) -> torch.Tensor:
+        """The loss of the forward pass that is just over, 0-d float32. It is not kept here: with its graph, which holds
+        the parameters, it would be a circle that no garbage collection sees."""
+        loss, self._loss = self._loss, None
+        assert loss is not None
+        return loss
 
     def _forward_wanted(self, hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
         """In place of the layer's own; `hidden` is (B, T, H)."""
@@ -69,7 +76,7 @@ class OutputLayer:
 
     def _remember(self, layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         if self._wanted is not None and self.way == "loss":
-            self.loss = output.view(())
+            self._loss = output.view(())
 
 
 def layer_of(bare_model: torch.nn.Module) -> torch.nn.Module | None:

@@ -21,7 +21,7 @@ from llmft_core.storage.places import Place, Places
 from llmft_core.train.aside import put_aside
 from llmft_core.train.compiled import compile_blocks, compiler_errors
 from llmft_core.train.deterministic import deterministic_kernels
-from llmft_core.train.gpu_memory import measured, out_of_memory
+from llmft_core.train.gpu_memory import applies_to, measured, out_of_memory
 from llmft_core.train.job import Job, Reporter, Resume
 from llmft_core.train.loop import AskedToStop, train
 from llmft_core.train.method import applied, setting_of
@@ -100,7 +100,9 @@ def train_rank(
             )
     except torch.OutOfMemoryError as error:
         said = str(error).splitlines()[0]
-        raise LlmftError(out_of_memory(plan, job.placement, measured(engine), socket.gethostname(), said)) from error
+        applies = partial(applies_to, catalog, job.special_ids)
+        host, memory = socket.gethostname(), measured(engine)
+        raise LlmftError(out_of_memory(plan, job.placement, memory, applies, host, said)) from error
     finally:
         engine.finish()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,39 @@ from tables import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from llmft_core import Placement
+from llmft_core.catalog import Catalog
+from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
-from llmft_core.train.gpu_memory import GpuMemory, on_gpu, out_of_memory, remedies
+from llmft_core.train.gpu_memory import GpuMemory, applies_to, on_gpu, out_of_memory, remedies
 
 GB = 10**9
 VOCABULARY = 101  # that of the job, so that no row is added
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 LLAMA_7B = {"weights": 27 * GB, "gradients": 27 * GB}  # ddp, fp32, before the first step
 
+LORA = "--method lora (trains an adapter, not all weights)"
 
-def asked(strategy: Any, memory: GpuMemory, ranks: int = 8, micro_batch: int = 8, **settings: Any) -> list[str]:
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog(load_plugins())
+
+
+def asked(
+    catalog: Catalog, strategy: Any, memory: GpuMemory, ranks: int = 8, micro_batch: int = 8, **settings: Any
+) -> list[str]:
     plan = RunPlan.from_json({"strategy": strategy, "context-length": 512, **settings})
-    return remedies(plan, Placement(ranks, "cuda", plan.precision or "bf16", micro_batch, 1, 1.0), memory)
+    placement = Placement(ranks, "cuda", plan.precision or "bf16", micro_batch, 1, 1.0)
+    return remedies(plan, placement, memory, partial(applies_to, catalog, ()))
 
 
-def test_the_error_names_the_peak_what_held_it_and_three_flags() -> None:
+def test_the_error_names_the_peak_what_held_it_and_three_flags(catalog: Catalog) -> None:
     plan = RunPlan.from_json({"strategy": "zero-3", "context-length": 512})
     held = {"weights": 3_500_000_000, "gradients": 3_500_000_000, "optimizer": 21 * GB}
     memory = GpuMemory(78 * GB, 79 * GB, 85 * GB, held)
     said = "CUDA out of memory. Tried to allocate 2.00 GiB."
-    error = out_of_memory(plan, Placement(4, "cuda", "bf16", 8, 1, 1.0), memory, "node-1", said)
+    placement, applies = Placement(4, "cuda", "bf16", 8, 1, 1.0), partial(applies_to, catalog, ())
+    error = out_of_memory(plan, placement, memory, applies, "node-1", said)
     assert error == (
         "out of GPU memory on node-1 (CUDA out of memory. Tried to allocate 2.00 GiB): at the peak 78.0 GB were in use "
         "and 79.0 GB reserved of 85.0 GB, held by weights 3.5 GB, gradients 3.5 GB, optimizer 21.0 GB, activations and "
@@ -58,7 +73,7 @@ def test_the_error_names_the_peak_what_held_it_and_three_flags() -> None:
             "zero-2",
             {"weights": 14 * GB, "gradients": 4 * GB, "optimizer": 40 * GB},
             {"gradient-checkpointing": True, "micro_batch": 1},
-            ["--strategy.offload-optimizer cpu", "--strategy zero-3", "a shorter --context-length (now 512)"],
+            [LORA, "--strategy.offload-optimizer cpu", "--strategy zero-3"],
         ),
         # What is offloaded already holds nothing on the GPU and is not proposed.
         (
@@ -73,15 +88,72 @@ def test_the_error_names_the_peak_what_held_it_and_three_flags() -> None:
             {"gradient-checkpointing": True, "micro_batch": 1},
             ["a shorter --context-length (now 512)"],
         ),
-        ("somebodys", {}, {"gradient-checkpointing": True}, ["--micro-batch 1 (now 8)"]),
+        # Where training all weights takes most, training fewer is named, as what it is.
+        (
+            "zero-2",
+            {"weights": 14 * GB, "gradients": 4 * GB, "optimizer": 40 * GB},
+            {"micro_batch": 1},
+            [LORA, "--strategy.offload-optimizer cpu", "--gradient-checkpointing"],
+        ),
+        (
+            "zero-2",
+            {"weights": 14 * GB, "gradients": 4 * GB, "optimizer": 40 * GB},
+            {"micro_batch": 1, "method": {"name": "lora"}},
+            ["--strategy.offload-optimizer cpu", "--gradient-checkpointing", "--strategy zero-3"],
+        ),
+        # A file that says so itself would contradict the flags.
+        (
+            {
+                "name": "zero-3",
+                "config": {
+                    "train_micro_batch_size_per_gpu": 8,
+                    "zero_optimization": {"offload_optimizer": {"device": "none"}},
+                },
+            },
+            {"weights": 4 * GB, "gradients": 4 * GB, "optimizer": 10 * GB},
+            {},
+            ["--gradient-checkpointing", "more --workers (now 8)", "--strategy.offload-params cpu"],
+        ),
+        # Each rank has one row of the global batch already.
+        (
+            "zero-3",
+            {"weights": 20 * GB, "gradients": 0, "optimizer": 0},
+            {"micro_batch": 1},
+            ["--gradient-checkpointing", "--strategy.offload-params cpu", "a shorter --context-length (now 512)"],
+        ),
     ],
 )
 def test_the_flags_are_those_that_free_most(
-    strategy: Any, held: dict[str, int], settings: dict[str, Any], expected: list[str]
+    strategy: Any, held: dict[str, int], settings: dict[str, Any], expected: list[str], catalog: Catalog
 ) -> None:
-    found = asked(strategy, GpuMemory(78 * GB, 79 * GB, 85 * GB, held), **settings)
+    found = asked(catalog, strategy, GpuMemory(78 * GB, 79 * GB, 85 * GB, held), **settings)
     assert found[: len(expected)] == expected
     assert len(found) <= 3
+
+
+def test_no_flag_is_named_that_this_run_cannot_have(catalog: Catalog) -> None:
+    memory = GpuMemory(78 * GB, 79 * GB, 85 * GB, LLAMA_7B)
+    without = Catalog(load_plugins(["zero"]))
+    assert not any("--strategy" in flags for flags in asked(without, "ddp", memory))
+    assert any("--strategy zero-3" in flags for flags in asked(catalog, "ddp", memory))
+    old = GpuMemory(78 * GB, 79 * GB, 85 * GB, {}, has_bf16=False)
+    settings = {"precision": "fp32", "gradient-checkpointing": True, "micro_batch": 1}
+    assert asked(catalog, "ddp", old, **settings)[0] == "--precision fp16"
+    assert asked(catalog, "ddp", replace(old, has_bf16=True), **settings)[0] == "--precision bf16"
+
+
+def test_a_strategy_of_a_stranger_is_left_with_all_its_options() -> None:
+    """What it would refuse is its own affair; what it is told besides is not known to another one."""
+    seen: list[RunPlan] = []
+
+    def applies(plan: RunPlan, placement: Placement) -> bool:
+        seen.append(plan)
+        return True
+
+    plan = RunPlan.from_json({"strategy": {"name": "somebodys", "shards": 3}})
+    remedies(plan, Placement(8, "cuda", "bf16", 8, 1, 1.0), GpuMemory(78 * GB, 79 * GB, 85 * GB, LLAMA_7B), applies)
+    assert {"name": "zero-3"} in [one.strategy for one in seen]
+    assert {"name": "somebodys", "shards": 3} in [one.strategy for one in seen]
 
 
 def test_engines_tell_what_they_hold(tmp_path: Path) -> None:

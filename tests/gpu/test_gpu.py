@@ -63,6 +63,59 @@ engine.finish()
 dist.destroy_process_group()
 """
 
+UNSEEN = """
+import os
+from pathlib import Path
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+from llmft_core.catalog import Catalog
+from llmft_core.data.batches import MicroBatch
+from llmft_core.loading import load_plugins
+from llmft_core.plan import RunPlan
+from llmft_core.train.guards import with_its_gradient
+from llmft_core.train.job import Job
+from llmft_core.train.loss import Call, joins_rows, micro_batch_loss
+from llmft_core.train.optimizer import optimizer_maker
+from llmft_core.train.output_probe import find_output_layer
+from llmft_core.values import Placement
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+device, placement, plan = torch.device("cuda", 0), Placement(1, "cuda", "bf16", 2, 4, 1.0), RunPlan.from_json({})
+engine = Catalog(load_plugins()).create("strategy", {"name": "ddp"}).engine(placement, 0)
+sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+engine.prepare(LlamaForCausalLM(LlamaConfig(**sizes)).train(), optimizer_maker(plan))
+job = Job(plan, placement, 1, (1,), 128, 0, (), {}, Path(), Path(), Path())
+output, _ = find_output_layer(job, engine, device)
+call = Call(output, flat=joins_rows(engine.bare_model))
+ids = np.arange(2 * 64).reshape(2, 64) % 128
+within = np.arange(64) % 32  # packed: two samples a row
+labels = np.where(within < 8, -100, ids)
+positions = np.broadcast_to(within, ids.shape).copy()
+def step(positions):
+    shares = []
+    for number in range(4):
+        share = micro_batch_loss(engine.model, MicroBatch(ids, labels, positions, number), device, call) / 1000
+        engine.backward(with_its_gradient(share), last=number == 3)
+        shares.append(share.detach())
+    return shares
+for kind, given in (("padded", None), ("packed", positions)):
+    step(given)  # what is set up once may wait
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    shares = step(given)
+    try:
+        float(shares[0])
+        print(kind, "a read goes unnoticed")
+    except RuntimeError:
+        print(kind, "a read is refused")
+    torch.cuda.set_sync_debug_mode("default")
+    print(kind, engine.step().applied, all(torch.isfinite(share) for share in shares))
+engine.finish()
+dist.destroy_process_group()
+"""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -181,6 +234,16 @@ def test_fp16_with_loss_scaling(strategy: str, bf16: Callable[[str], Run], tmp_p
 def test_fp16_says_when_a_step_was_skipped() -> None:
     """A fused AdamW would skip inside its kernel, where accelerate does not see it."""
     assert python(OVERFLOW)[-2:] == ["says False did False", "says True did True"]
+
+
+def test_the_host_waits_for_no_micro_batch() -> None:
+    """PyTorch raises an error where it would wait for the GPU: a number read back, a copy to the host."""
+    assert python(UNSEEN)[-4:] == [
+        "padded a read is refused",
+        "padded True True",
+        "packed a read is refused",
+        "packed True True",
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero-3"])

@@ -73,12 +73,14 @@ def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Call
     import torch
     import torch.distributed as dist
 
+    from llmft_core.train.process_group import end_process_groups
+
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
         value = function(rank, *args)
         dist.barrier()
-        dist.destroy_process_group()
+        end_process_groups()
         queue.put((rank, True, value))
     except BaseException:  # noqa: BLE001 - shipped to the parent, which raises
         queue.put((rank, False, traceback.format_exc()))

@@ -37,7 +37,15 @@ from llmft_plugins.strategies.zero_config import (
     planned,
 )
 from llmft_plugins.strategies.zero_file import file_problems
-from llmft_plugins.strategies.zero_state import SCALER, gradients_of, held, make_moments, masters_of, partition_again
+from llmft_plugins.strategies.zero_state import (
+    SCALER,
+    gradients_of,
+    held,
+    let_go,
+    make_moments,
+    masters_of,
+    partition_again,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -288,6 +296,7 @@ class ZeroEngine(Engine):
         if model is not None:
             model.destroy()  # lets go of hooks and buffers before the process group ends
         self.accelerator.free_memory()
+        let_go()
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own; a ddp run after this one would obey it
 

@@ -5,6 +5,7 @@ Nothing is gathered: `safe_get_full_*`, the public way, gives every tensor to ev
 
 from __future__ import annotations
 
+from inspect import getclosurevars
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,3 +75,17 @@ def partition_again(parameter: torch.nn.Parameter) -> None:
 
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:
         parameter.partition()
+
+
+def let_go() -> None:
+    """Of the model and of process groups, which DeepSpeed's modules keep after its engine is destroyed: the groups'
+    threads would outlive them, and a next model in this process would find its memory taken."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.utils import groups
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # An lru_cache on a method has every coordinator that there ever was, with its modules.
+    cached = getclosurevars(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
+    cached.nonlocals["func"].cache_clear()
+    groups._release_process_group_references()
