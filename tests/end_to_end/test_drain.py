@@ -12,7 +12,7 @@ from command import llmft
 from nodes import Nodes, no_nodes_yet, ray_head
 from running import Running
 
-STEPS = 60
+STEPS = 100  # seconds of them are left once a drained node is noticed
 RUN = ["--dataset.rows", "40", "--dataset.test-rows", "8", "--global-batch", "2", "--max-steps", str(STEPS)]
 RUN += ["--checkpoint.every-epochs", "0", "--state.every-minutes", "0"]
 
