@@ -12,7 +12,7 @@ import pytest
 from command import ask_without_llmft, llmft
 from compiling import errors_of_the_compiler, train_all
 from ranks import on_ranks
-from resuming import TOTAL, VOCABULARY, train_on
+from resuming import TOTAL, VOCABULARY, Case, train_on
 from tables import tiny_llama
 from training import Recorder, isolation
 
@@ -52,7 +52,7 @@ MANY: list[Compared] = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "compared", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
 )
@@ -75,6 +75,7 @@ def test_losses_are_those_of_runs_that_are_not_compiled(compared: list[Compared]
             assert of_rank[2 * number + 1]["breaks"] == {}
 
 
+@pytest.mark.slow
 def test_dropout_belongs_to_the_micro_batch(base: Path) -> None:
     """Whatever rank computes it, and also where it is computed again in the backward pass."""
     cases = [("ddp", "fp32", True, LORA, settings, (2, 4)) for settings in ({}, RECOMPUTING)]
@@ -87,7 +88,10 @@ def test_dropout_belongs_to_the_micro_batch(base: Path) -> None:
     assert eager["loss"] != pytest.approx(once["loss"], rel=1e-4), "it draws other numbers"
 
 
-@pytest.mark.parametrize(("strategy", "precision", "method"), [("ddp", "fp32", LORA), ("zero-2", "bf16", "full")])
+@pytest.mark.parametrize(
+    ("strategy", "precision", "method"),
+    [("ddp", "fp32", LORA), pytest.param("zero-2", "bf16", "full", marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(
     strategy: str, precision: str, method: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,10 +99,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
 
     def run(step: int) -> list[dict[str, Any]]:
-        case = (strategy, precision, str(base), 2, str(tmp_path / "run"), step, TOTAL, TOTAL // 2, method, 1e-2, True)
+        case = Case(strategy, precision, str(base), 2, str(tmp_path / "run"), step, method=method, compiled=True)
         return [answers[0] for answers in on_ranks(2, train_on, [case])]
 
     straight, resumed = run(0), run(TOTAL // 2)
+    for answers in (straight, resumed):
+        assert "compiling the model's blocks" in answers[0]["phases"]
     for one, other in zip(straight, resumed, strict=True):
         assert one["fragments"].keys() == other["fragments"].keys() != set()
         for key, values in one["fragments"].items():

@@ -114,11 +114,12 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         passes: list[bool] = []
-        # Of what the layer begins with, and before it is computed: what is computed again is its inside, and as far as
-        # it is needed.
-        engine.bare_model.model.layers[0].input_layernorm.register_forward_pre_hook(
-            lambda *_, passes=passes: passes.append(torch.is_grad_enabled())
-        )
+        if not case.compiled:  # a hook within a block would be compiled too
+            # Of what the layer begins with, and before it is computed: what is computed again is its inside, and as far
+            # as it is needed.
+            engine.bare_model.model.layers[0].input_layernorm.register_forward_pre_hook(
+                lambda *_, passes=passes: passes.append(torch.is_grad_enabled())
+            )
         recorder = Recorder()
         with StateSaver(job, engine, rank, recorder, place) as states:
             train(job, engine, data, rank, recorder, lambda *_: None, states.save)  # type: ignore[arg-type]
@@ -129,6 +130,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
                 "states": [event["name"] for event in recorder.events if event["kind"] == "state"],
                 "counters": engine.counters(),
                 "layer_passes": sum(passes),
+                "phases": [event["text"] for event in recorder.events if event["kind"] == "phase"],
             }
         )
         engine.finish()
