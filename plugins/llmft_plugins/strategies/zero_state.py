@@ -5,6 +5,7 @@ Nothing is gathered: `safe_get_full_*`, the public way, gives every tensor to ev
 
 from __future__ import annotations
 
+from contextlib import suppress
 from inspect import getclosurevars
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,11 @@ def let_go() -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
-    parameter_offload.FWD_MODULE_STACK.clear()
-    # An lru_cache on a method has every coordinator that there ever was, with its modules.
-    cached = getclosurevars(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
-    cached.nonlocals["func"].cache_clear()
-    groups._release_process_group_references()
+    # These are no API. Where another version of DeepSpeed lacks one, the training is over all the same.
+    with suppress(AttributeError):
+        parameter_offload.FWD_MODULE_STACK.clear()
+    with suppress(AttributeError, KeyError):  # an lru_cache on a method has every coordinator that there ever was
+        cached = getclosurevars(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
+        cached.nonlocals["func"].cache_clear()
+    with suppress(AttributeError):
+        groups._release_process_group_references()
