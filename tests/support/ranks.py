@@ -11,7 +11,7 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
