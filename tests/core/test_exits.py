@@ -74,19 +74,30 @@ def test_no_thread_of_a_process_group_is_left(strategy: dict[str, Any], end: str
     check(tmp_path, strategy, end, code, times=1)
 
 
-@pytest.mark.parametrize(("end", "code"), [("ours", 0), ("torch's", -signal.SIGABRT)])
-def test_a_collective_that_ends_late_aborts_nothing(end: str, code: int) -> None:
-    """PyTorch's own way does abort; where it no longer does, `end_process_groups` may go."""
+def late(end: str) -> tuple[int, str]:
+    """Exit code and standard error of rank 0."""
     command = [sys.executable, "-W", "ignore", "-c", LATE]
     port = str(free_port())
     other = subprocess.Popen([*command, "1", port, end])
     try:
-        done = subprocess.run([*command, "0", port, end], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, "0", port, end], capture_output=True, text=True, timeout=300)
         assert other.wait(120) == 0
     finally:
         other.kill()
-    assert done.returncode == code, done.stderr
-    assert bool(aborted(done.stderr)) is bool(code)
+    return done.returncode, done.stderr
+
+
+def test_a_collective_that_ends_late_aborts_nothing() -> None:
+    code, error = late("ours")
+    assert code == 0, error
+    assert not aborted(error)
+
+
+@pytest.mark.slow
+def test_pytorchs_own_way_does_abort() -> None:
+    """Where it no longer does, `end_process_groups` may go. It needs seconds in which both ranks are not held up."""
+    tries = [late("torch's") for _ in range(5)]
+    assert any(code == -signal.SIGABRT and aborted(error) for code, error in tries), tries
 
 
 @pytest.mark.slow
