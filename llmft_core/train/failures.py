@@ -65,7 +65,7 @@ class Watch:
         self._size = 0  # world size of the ranks that there are, or were last
         self._failed_at: float | None = None  # seconds, while the ranks are gone
         self._patience = PATIENCE
-        self._unexplained: set[int] = set()  # ranks that died, perhaps with their nodes: Ray needs about 15 s to know
+        self._unexplained: set[int] = set()  # ranks that died perhaps, with their nodes: Ray needs about 15 s to know
         self._complete: list[str] = []  # URIs of checkpoints
         self._state = job.resume.state if job.resume else ""  # URI of the newest one
 
@@ -84,7 +84,8 @@ class Watch:
             self._stop.training = False
             self._failed_at, self._patience = time.monotonic(), PATIENCE
             deaths = self._with_lost_nodes(event["deaths"])
-            self._unexplained = {rank for rank, death in deaths.items() if death == KILLED}
+            # A rank that lives hears of a lost one at once, and may be the first to be told of: any other may be gone.
+            self._unexplained = {rank for rank in self._nodes if deaths.get(rank, "") in ("", KILLED)}
             what = self.hanging() or self._who(deaths)
             self._pass_on({"kind": "warning", "text": f"{what}; {self.kept()}"})
         elif event["kind"] == "hung":

@@ -48,6 +48,22 @@ def begins(watch: Watch, nodes: str) -> None:
         watch.handle({"kind": "rank", **event})
 
 
+def test_a_lost_node_is_named_also_where_the_rank_that_lives_was_heard_first() -> None:
+    """Its collective fails at once; that the other rank is gone takes Ray a while to see."""
+    told, cluster = Told(), Cluster()
+    watch = watching(told.append, "2", cluster)
+    begins(watch, "ab")
+    watch.handle({"kind": "error", "rank": 0, "message": "Connection reset by peer", "ours": False})
+    watch.handle({"kind": "failed", "deaths": {0: ""}})
+    assert told.warnings == ["rank 0 on host-a: Connection reset by peer; no checkpoint was complete yet"]
+    watch.look()
+    assert len(told.warnings) == 1
+    del cluster.nodes[1]
+    watch.look()
+    watch.look()
+    assert told.warnings[1:] == [f"rank 1 on host-b: {NODE_LOST}"]
+
+
 def test_a_node_that_is_found_lost_later_is_said_to_be_and_so_is_the_new_size() -> None:
     told, cluster = Told(), Cluster()
     watch = watching(told.append, "1:2", cluster)

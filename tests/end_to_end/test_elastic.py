@@ -49,8 +49,8 @@ def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
         assert running.ended() == 0, running.text
     text = running.text
     assert "2 of 1:2 on CPU" in text
-    # A busy driver hears of the rank when Ray knows of its node already: then one line says both.
-    assert re.search(r"^warning: rank \d on \S+: .* (is gone|node was lost); `llmft resume \S+` goes on", text, re.M)
+    # What is heard first: of the rank, of its node, or of the other rank's collective.
+    assert re.search(r"^warning: rank \d on \S+: .*; `llmft resume \S+` goes on", text, re.M)
     assert len(re.findall(r"^warning: rank \d on \S+: its node was lost", text, re.M)) == 1
     assert "warning: 1 worker of --workers 1:2 now, instead of 2: " in text
     assert re.search(r"^warning: .* go on after optimizer step \d+: \d+ steps? of .* done again$", text, re.M)
