@@ -125,7 +125,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("workers", "sent"),
-    [("0", signal.SIGINT), ("2", signal.SIGINT), ("2", signal.SIGTERM)],
+    [("0", signal.SIGINT), ("2", signal.SIGINT), pytest.param("2", signal.SIGTERM, marks=pytest.mark.slow)],
     ids=["ctrl-c-here", "ctrl-c-on-ray", "sigterm-on-ray"],
 )
 def test_twice_stops_at_once(workers: str, sent: signal.Signals, start: Start, tmp_path: Path) -> None:
