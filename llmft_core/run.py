@@ -45,7 +45,7 @@ from llmft_core.weights.stage import stage_model
 
 def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | None = None) -> Outcome:
     """Train as the plan says, from the beginning or from a point of an earlier run of this name. Raises InputError
-    before anything is started, LlmftError after, Interrupted."""
+    before any rank is started, LlmftError after, Interrupted."""
     resumed = point is not None
     with own_ray(plan, debug=debug), Stop() as stop:
         ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
