@@ -88,10 +88,8 @@ def test_dropout_belongs_to_the_micro_batch(base: Path) -> None:
     assert eager["loss"] != pytest.approx(once["loss"], rel=1e-4), "it draws other numbers"
 
 
-@pytest.mark.parametrize(
-    ("strategy", "precision", "method"),
-    [("ddp", "fp32", LORA), pytest.param("zero-2", "bf16", "full", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "precision", "method"), [("ddp", "fp32", LORA), ("zero-2", "bf16", "full")])
 def test_a_resumed_run_is_the_same_bit_for_bit(
     strategy: str, precision: str, method: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

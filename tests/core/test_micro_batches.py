@@ -52,6 +52,7 @@ def test_zero_2_reads_nothing_back_and_reduces_gradients_alone(base: str) -> Non
         assert of_ranks == [{**OF_LABELS, "c10d::allreduce_": MORE}] * 2
 
 
+@pytest.mark.slow
 def test_zero_3_reads_nothing_back(base: str) -> None:
     for of_ranks in grown(base, [{"strategy": "zero-3", **case} for case in PLAIN]):
         for of_rank in of_ranks:

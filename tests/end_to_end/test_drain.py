@@ -65,6 +65,7 @@ def test_the_run_goes_on_on_another_node_to_the_same_bytes(running: Running, nod
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running", ["1:2"], indirect=True)
 def test_the_run_goes_on_with_fewer_workers(running: Running, nodes: Nodes, tmp_path: Path) -> None:
     running.wait_for("step 1/")
