@@ -276,6 +276,8 @@ def measure(given: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from llmft_core.train.process_group import end_process_groups
+
     rank = int(os.environ["RANK"])
     if given.tiny:
         torch.set_num_threads(1)
@@ -290,7 +292,7 @@ def measure(given: argparse.Namespace) -> None:
     name = "CPU" if given.tiny else torch.cuda.get_device_name()
     if rank == 0:
         print(json.dumps({**found, "peak": max(peaks), "device": name}), file=answers, flush=True)
-    dist.destroy_process_group()
+    end_process_groups()
 
 
 def process_peak() -> int:

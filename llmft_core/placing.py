@@ -15,6 +15,7 @@ from llmft_core.extensions import Method, Strategy
 from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
 from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
+from llmft_core.train.refusals import refusals
 from llmft_core.values import Device, Placement, WorkerRange
 
 LARGEST_DEFAULT_MICRO_BATCH = 8
@@ -75,12 +76,7 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     )
     largest = Placement(most, device, precision, micro_batch, max(1, share // micro_batch), plan.max_grad_norm)
     chosen: Strategy = catalog.create("strategy", strategy)
-    problems += chosen.problems(largest)
-    if (reason := chosen.state_problem()) and (plan.state.every_steps or plan.state.every_minutes):
-        problems.append(Problem("state", f"{reason}: --state.every-minutes 0 writes none, for a run that cannot go on"))
-    if plan.compile and chosen.partitions_weights:
-        reason = f"{strategy['name']} gathers weights within each block, where a compiled block does not wait for them"
-        problems.append(Problem("compile", f"{reason}: use --strategy ddp or zero-2, or leave out --compile"))
+    problems += refusals(plan, chosen, largest)
     problems += capacity_problems(placed, cluster)
     if problems:
         raise Problems(problems)

@@ -111,8 +111,8 @@ def compiler_problems(device: Device) -> list[Problem]:
 
 
 def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int) -> list[str]:
-    """Runs on a node: what of the plan its own plugins cannot do, what it lacks for them, whether it sees a file
-    (`seen`, or nothing), and whether its cache has room for a checkpoint: any node may get rank 0."""
+    """Runs on a node: what of the plan its own plugins cannot do, what it lacks for them or to compile, whether it sees
+    a file (`seen`, or nothing), and whether its cache has room for a checkpoint: any node may get rank 0."""
     plan = RunPlan.from_json(plan_json)
     catalog = Catalog(load_plugins(plan.disable_plugin))
     problems = []

@@ -275,7 +275,8 @@ def note(outcome: Outcome, event: Mapping[str, Any]) -> None:
     outcome.first_loss = outcome.first_loss if outcome.first_loss is not None else metrics["train/loss"]
     outcome.last_loss = metrics["train/loss"]
     outcome.steps = event["step"]
-    outcome.skipped += metrics["train/skipped"] > 0
+    if metrics["train/skipped"]:
+        outcome.skipped.add(event["step"])
     outcome.step_seconds[event["publishing"]].append(metrics["train/step_seconds"])
     outcome.data_seconds += metrics["train/data_seconds"]
     outcome.lately.append((event["step"], metrics["train/step_seconds"]))

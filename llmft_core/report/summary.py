@@ -46,8 +46,9 @@ class Outcome:
     lost_seconds: float = 0.0
     stepped: float = 0.0
     """When the last optimizer step was reported, on the monotonic clock; at first, when training began."""
-    skipped: int = 0
-    """Optimizer steps that were not applied because loss or gradient were not finite."""
+    skipped: set[int] = field(default_factory=set)
+    """Optimizer steps that were not applied because loss or gradient were not finite; one that a restart does again is
+    one."""
     stands: bool = False
     """Whether no step has been reported since a failure."""
     stood: float = 0.0
@@ -65,8 +66,8 @@ def summary(outcome: Outcome) -> list[str]:
     lines = ["", f"done: {words.counted(outcome.steps, 'optimizer step')} in {words.duration(outcome.seconds)}"]
     if outcome.first_loss is not None and outcome.last_loss is not None:
         lines.append(f"loss {outcome.first_loss:.4f} → {outcome.last_loss:.4f} nats per trained token")
-    if outcome.skipped:
-        lines.append(f"{words.counted(outcome.skipped, 'optimizer step')} not applied: loss or gradient not finite")
+    if skipped := len(outcome.skipped):
+        lines.append(f"{words.counted(skipped, 'optimizer step')} not applied: loss or gradient not finite")
     stepping = sum(map(sum, outcome.step_seconds.values()))
     if outcome.data_seconds > WORTH_TELLING * stepping:
         lines.append(f"training waited for batches {words.share(outcome.data_seconds / stepping)} of its steps' time")

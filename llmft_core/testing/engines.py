@@ -57,6 +57,8 @@ def _on_rank(rank: int, folder: Path, look: Look, strategy: type[Any], options: 
 
     import torch.distributed as dist
 
+    from llmft_core.train.process_group import end_process_groups
+
     size = placement.world_size
     os.environ.update(
         {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"},
@@ -67,7 +69,7 @@ def _on_rank(rank: int, folder: Path, look: Look, strategy: type[Any], options: 
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
         look(lambda: strategy(options).engine(placement, rank), rank, placement, folder)
         dist.barrier()
-        dist.destroy_process_group()
+        end_process_groups()
         (folder / f"rank-{rank}").write_text("")
     except BaseException:  # noqa: BLE001 - shipped to the parent, which raises
         (folder / f"rank-{rank}").write_text(traceback.format_exc())

@@ -14,6 +14,7 @@ from llmft_core.extensions import Engine, Method, Strategy
 from llmft_core.plan import RunPlan
 from llmft_core.report import words
 from llmft_core.train.method import setting_of
+from llmft_core.train.refusals import refusals
 from llmft_core.values import Placement, Precision
 
 Applies = Callable[[RunPlan, Placement], bool]
@@ -86,7 +87,7 @@ def applies_to(catalog: Catalog, special_ids: tuple[int, ...], plan: RunPlan, pl
     except InputError:  # its plugin is disabled, or does not know an option
         return False
     setting = setting_of(plan, placement, special_ids, catalog)
-    return not strategy.problems(placement) and not method.problems(setting)
+    return not refusals(plan, strategy, placement) and not method.problems(setting)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ def train(
             latest |= evaluate(job, engine, data.test, rank, device, call, partial(watchdog.at, done))
         if rank == 0 and plan.compile and graphs() > compiled:
             compiled = graphs()
-            reporter.send({"kind": "warning", "text": f"step {done} took long: blocks were compiled again"})
+            text = f"step {done} took long: blocks were compiled again; where that goes on, leave out --compile"
+            reporter.send({"kind": "warning", "text": text})
         if rank == 0:
             reporter.send({"kind": "metrics", "step": done, "epoch": epoch, "metrics": latest})
         if due["save"]:

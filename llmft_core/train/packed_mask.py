@@ -16,7 +16,7 @@ def told(*, packed: bool) -> Iterator[None]:
     from transformers import masking_utils
 
     original = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if original is None:  # another version of transformers looks in its own way: slower on a GPU, and as right
+    if original is None:  # another version looks in its own way, as right (tests/core/test_micro_batches.py sees it)
         yield
         return
     masking_utils.find_packed_sequence_indices = samples_of if packed else no_samples

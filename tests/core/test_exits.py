@@ -89,6 +89,7 @@ def late(end: str) -> list[tuple[int, str]]:
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
     return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
 
 

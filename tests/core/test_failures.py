@@ -48,14 +48,24 @@ def begins(watch: Watch, nodes: str) -> None:
         watch.handle({"kind": "rank", **event})
 
 
-def test_a_lost_node_is_named_also_where_the_rank_that_lives_was_heard_first() -> None:
-    """Its collective fails at once; that the other rank is gone takes Ray a while to see."""
+@pytest.mark.parametrize(
+    ("errors", "deaths", "first"),
+    [
+        ([], {0: "", 1: KILLED}, f"rank 1 on host-b: {KILLED}"),
+        # The collective of the rank that lives fails at once; that the other is gone takes Ray a while to see.
+        (["Connection reset by peer"], {0: ""}, "rank 0 on host-a: Connection reset by peer"),
+    ],
+    ids=["the rank first", "the other one first"],
+)
+def test_a_node_that_is_found_lost_later_is_said_to_be(errors: list[str], deaths: dict[int, str], first: str) -> None:
     told, cluster = Told(), Cluster()
     watch = watching(told.append, "2", cluster)
     begins(watch, "ab")
-    watch.handle({"kind": "error", "rank": 0, "message": "Connection reset by peer", "ours": False})
-    watch.handle({"kind": "failed", "deaths": {0: ""}})
-    assert told.warnings == ["rank 0 on host-a: Connection reset by peer; no checkpoint was complete yet"]
+    watch.handle({"kind": "state", "uri": "runs/r/state_00003"})
+    for message in errors:
+        watch.handle({"kind": "error", "rank": 0, "message": message, "ours": False})
+    watch.handle({"kind": "failed", "deaths": deaths})
+    assert told.warnings == [f"{first}; `llmft resume runs/r` goes on from state_00003"]
     watch.look()
     assert len(told.warnings) == 1
     del cluster.nodes[1]
@@ -64,21 +74,15 @@ def test_a_lost_node_is_named_also_where_the_rank_that_lives_was_heard_first() -
     assert told.warnings[1:] == [f"rank 1 on host-b: {NODE_LOST}"]
 
 
-def test_a_node_that_is_found_lost_later_is_said_to_be_and_so_is_the_new_size() -> None:
+def test_the_new_size_is_said() -> None:
     told, cluster = Told(), Cluster()
     watch = watching(told.append, "1:2", cluster)
     begins(watch, "ab")
-    watch.handle({"kind": "state", "uri": "runs/r/state_00003"})
     watch.handle({"kind": "failed", "deaths": {0: "", 1: KILLED}})
-    assert told.warnings == [f"rank 1 on host-b: {KILLED}; `llmft resume runs/r` goes on from state_00003"]
-    watch.look()
-    assert len(told.warnings) == 1
     del cluster.nodes[1]
-    watch.look()
-    watch.look()
-    assert told.warnings[1:] == [f"rank 1 on host-b: {NODE_LOST}"]
     begins(watch, "a")
-    (size,) = told.warnings[2:]
+    lost, size = told.warnings[1:]
+    assert lost == f"rank 1 on host-b: {NODE_LOST}"
     assert size.startswith("1 worker of --workers 1:2 now, instead of 2: ")
     cluster.nodes.append(Node("c", "host-c", 1, 0))
     watch.handle({"kind": "failed", "deaths": {0: OUT_OF_MEMORY}})

@@ -136,6 +136,7 @@ def test_no_flag_is_named_that_this_run_cannot_have(catalog: Catalog) -> None:
     without = Catalog(load_plugins(["zero"]))
     assert not any("--strategy" in flags for flags in asked(without, "ddp", memory))
     assert any("--strategy zero-3" in flags for flags in asked(catalog, "ddp", memory))
+    assert not any("--strategy zero-3" in flags for flags in asked(catalog, "ddp", memory, compile=True))
     old = GpuMemory(78 * GB, 79 * GB, 85 * GB, {}, has_bf16=False)
     settings = {"precision": "fp32", "gradient-checkpointing": True, "micro_batch": 1}
     assert asked(catalog, "ddp", old, **settings)[0] == "--precision fp16"

@@ -96,9 +96,10 @@ def test_a_node_that_joins_is_used_where_workers_start_anyway(nodes: Nodes, tmp_
             (rank,) = [rank for node in nodes.there for rank in nodes.ranks(node)]
             rank.kill()
             kills += 1
-            while " complete: " not in "".join(running.text.split("were started again and go on")[kills:]):
-                assert running.process.poll() is None, running.text
-                time.sleep(0.05)
+            running.wait_until(
+                lambda text, kills=kills: " complete: " in "".join(text.split("were started again and go on")[kills:]),
+                "a state after the restart",
+            )
         assert running.ended() == 0, running.text
     assert "… a node joined: it gets the prepared data and the weights" in running.text
     assert len(list((nodes.caches / "second").glob("built/*/model.safetensors"))) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,14 @@ class BackgroundRun:
 
     def wait_for(self, words: str, seconds: float = 300) -> None:
         """Until it has said that. Fails where it ends, or takes longer."""
+        self.wait_until(lambda text: words in text, words, seconds)
+
+    def wait_until(self, is_so: Callable[[str], bool], what: str, seconds: float = 300) -> None:
+        """Until that is so of all that it has said. Fails where it ends, or takes longer."""
         deadline = time.monotonic() + seconds
-        while words not in self.text:
-            assert self.process.poll() is None, f"ended without {words!r}:\n{self.text}"
-            assert time.monotonic() < deadline, f"no {words!r} within {seconds} s:\n{self.text}"
+        while not is_so(self.text):
+            assert self.process.poll() is None, f"ended without {what!r}:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {what!r} within {seconds} s:\n{self.text}"
             time.sleep(0.02)
 
     def ended(self, seconds: float = 300) -> int:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tables import InMemory, random_table
-from training import TRAIN, VOCABULARY, Recorder, job_for
+from training import TRAIN, VOCABULARY, Recorder, job_for, prepared
 
 LONGEST = 20  # tokens
 
@@ -36,11 +36,8 @@ def train_all(rank: int, base: str, world_size: int, cases: list[tuple[Any, ...]
 
     from llmft_core.catalog import Catalog
     from llmft_core.loading import load_plugins
-    from llmft_core.train.compiled import compile_blocks, graphs
+    from llmft_core.train.compiled import graphs
     from llmft_core.train.loop import train
-    from llmft_core.train.method import applied, setting_of
-    from llmft_core.train.model import build_model
-    from llmft_core.train.optimizer import optimizer_maker
 
     data = InMemory(TRAIN, random_table(5, VOCABULARY, LONGEST, seed=1))
     catalog = Catalog(load_plugins())
@@ -58,12 +55,7 @@ def train_all(rank: int, base: str, world_size: int, cases: list[tuple[Any, ...]
         }
         settings["compile"] = case.compiled
         job = job_for(case.strategy, Path(base), world_size, *case.layout, **settings)
-        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        setting = setting_of(job.plan, job.placement, (), catalog)
-        model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
-        if job.plan.compile:
-            compile_blocks(model, job.plan)
-        engine.prepare(model, optimizer_maker(job.plan))
+        engine = prepared(job, rank, catalog)
         recorder = Recorder()
         train(job, engine, data, rank, recorder, lambda *_: None)  # type: ignore[arg-type]
         found = [event["metrics"] for event in recorder.events if event["kind"] == "metrics"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tables import InMemory, random_table
-from training import Recorder
+from training import Recorder, prepared
 
 from llmft_core.plan import RunPlan
 from llmft_core.train.job import Job, Resume
@@ -87,11 +87,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     from llmft_core.loading import load_plugins
     from llmft_core.storage.places import Places
     from llmft_core.train import chunked_loss
-    from llmft_core.train.compiled import compile_blocks
     from llmft_core.train.loop import train
-    from llmft_core.train.method import applied, setting_of
-    from llmft_core.train.model import build_model
-    from llmft_core.train.optimizer import optimizer_maker
     from llmft_core.train.state_saver import StateSaver
     from llmft_core.train.worker import restore_state
 
@@ -105,12 +101,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
         if case.step:
             resume = Resume((place / "state_00000").uri, case.step, 7, 0)
             job = replace(job, resume=resume)
-        engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
-        setting = setting_of(job.plan, job.placement, (), catalog)
-        model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
-        if job.plan.compile:
-            compile_blocks(model, job.plan)
-        engine.prepare(model, optimizer_maker(job.plan))
+        engine = prepared(job, rank, catalog)
         if job.resume is not None:
             restore_state(Places(catalog, None, {}).place(job.resume.state), engine)
         passes: list[bool] = []

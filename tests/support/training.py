@@ -96,6 +96,22 @@ def train_with_each(
 VOCABULARY = 101
 
 
+def prepared(job: Job, rank: int, catalog: Any) -> Any:
+    """The engine of a rank with the job's model under its method, as `train_rank` makes it."""
+    from llmft_core.train.compiled import compile_blocks
+    from llmft_core.train.method import applied, setting_of
+    from llmft_core.train.model import build_model
+    from llmft_core.train.optimizer import optimizer_maker
+
+    engine = catalog.create("strategy", job.plan.strategy).engine(job.placement, rank)
+    setting = setting_of(job.plan, job.placement, (), catalog)
+    model = applied(catalog.create("method", job.plan.method), build_model(job, engine), setting, engine)
+    if job.plan.compile:
+        compile_blocks(model, job.plan)
+    engine.prepare(model, optimizer_maker(job.plan))
+    return engine
+
+
 def train_and_export(rank: int, strategy: str, base: str, target: str, dtype: str, precision: str) -> Any:
     """A few steps, then each rank writes its files into one folder; the gathered weights (rank 0), and what each rank
     wrote."""

@@ -85,7 +85,8 @@ def let_go() -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
-    # These are no API. Where another version of DeepSpeed lacks one, the training is over all the same.
+    # These are no API. Where another version of DeepSpeed lacks one, a training that is over does not fail for it;
+    # tests/core/test_exits.py finds the threads that stay then.
     with suppress(AttributeError):
         parameter_offload.FWD_MODULE_STACK.clear()
     with suppress(AttributeError, KeyError):  # an lru_cache on a method has every coordinator that there ever was
