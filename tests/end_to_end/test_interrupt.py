@@ -16,9 +16,9 @@ RUN += ["--global-batch", "16", "--checkpoint.every-epochs", "0", "--name", "x"]
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    """`llmft run` on a Ray of its own, long enough to be disturbed."""
-    started = Running(tmp_path, "run", *RUN)
+def running(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """`llmft run` on a Ray of its own, long enough to be disturbed. Its parameter: flags in place of those of `RUN`."""
+    started = Running(tmp_path, "run", *RUN, *getattr(request, "param", []))
     yield started
     started.clean_up()
 
@@ -35,8 +35,10 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(running: Running, tmp_path: P
     assert not (tmp_path / "llmft-runs" / "runs" / "x").exists()
 
 
+@pytest.mark.parametrize("running", [["--dataset.rows", "200000"]], indirect=True)
 def test_sigterm_while_the_data_is_prepared_leaves_no_process(running: Running, tmp_path: Path) -> None:
-    """Ray runs by then, and has a handler of its own for this signal."""
+    """Ray runs by then, and has a handler of its own for this signal. The preparation of so many rows takes seconds:
+    it is not over before the signal is there."""
     running.wait_for("preparing dataset")
     assert any("raylet" in " ".join(process.cmdline()) for process in running.look().values())
     running.process.send_signal(signal.SIGTERM)
