@@ -86,8 +86,8 @@ def fetch(reached: Reached) -> None:
     """Stage a model, and say where it lies and what it cost."""
     from llmft_core.report import words
     from llmft_core.report.transfers import transfer_bar
+    from llmft_core.weights.cache import read_cache_manifest
     from llmft_core.weights.files import is_model_file
-    from llmft_core.weights.mirror import read_cache_manifest
     from llmft_core.weights.stage import hub_repository, stage_model
 
     what = reached.own.what

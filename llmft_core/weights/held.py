@@ -12,12 +12,11 @@ from llmft_core.storage.check import check_files
 from llmft_core.storage.engine import Progress
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import list_files, list_names, read_bytes
-from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.cache import cache_folder, read_cache_manifest
 from llmft_core.weights.files import INDEX, is_model_file, is_weight_file
 from llmft_core.weights.hub import cache as hub_cache
 from llmft_core.weights.layout import HUB, LONGEST_COMMIT, models_in
 from llmft_core.weights.manifest import MANIFEST, UNFINISHED, known_hashes, read_manifest
-from llmft_core.weights.mirror import read_cache_manifest
 from llmft_core.weights.stage import built_folder
 
 COMPLETE, SMALL, INCOMPLETE, DAMAGED = "complete", "no weights", "INCOMPLETE", "DAMAGED"

@@ -6,14 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft_core.errors import InputError, LlmftError
-from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.cache import cache_folder, locked, read_cache_manifest, write_cache_manifest
 from llmft_core.weights.files import Wanted, is_model_file
 
 if TYPE_CHECKING:
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from llmft_core.storage.places import Place
     from llmft_core.weights.manifest import Manifest
     from llmft_core.weights.share import Sharer
-
-CACHE_MANIFEST = "manifest.json"
-"""In each folder of the cache, written by us: where its files come from, and their bytes and SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def _fetch_all(
                 "there; try again"
             )
         done[name] = {"bytes": state.st_size, "sha256": sha256, "mtime_ns": state.st_mtime_ns}
-        _write_manifest(partial, {**described, "files": done})
+        write_cache_manifest(partial, {**described, "files": done})
 
     missing = [name for name, size in sizes.items() if not _is_there(partial, name, size, done)]
     if sharer is not None:
@@ -185,25 +180,3 @@ def _is_there(folder: Path, name: str, size: int, done: dict[str, Any]) -> bool:
         return True
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == str(noted["sha256"])
-
-
-def read_cache_manifest(folder: Path) -> dict[str, Any]:
-    """What was written down of a folder of the cache; {} where nothing was."""
-    path = folder / CACHE_MANIFEST
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
-
-
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    temporary = folder / f".{CACHE_MANIFEST}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CACHE_MANIFEST)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process of this node at a time makes a folder of the cache; the others wait and then find it."""
-    from filelock import FileLock
-
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        yield

@@ -22,8 +22,7 @@ from typing import Any
 
 from llmft_core.errors import LlmftError
 from llmft_core.storage.engine import STANDARD_BUDGET
-from llmft_core.weights.cache import cache_folder
-from llmft_core.weights.mirror import read_cache_manifest
+from llmft_core.weights.cache import cache_folder, read_cache_manifest
 
 CHUNK = STANDARD_BUDGET.chunk  # bytes; the transfer's own grid
 STORE_BYTES = 2**30  # of one node's object store that others' requests may take, all together

@@ -16,10 +16,10 @@ from llmft_core.extensions import ModelFamily
 from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import family_of_name
 from llmft_core.weights import hub
-from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.cache import cache_folder, locked
 from llmft_core.weights.files import check_complete, check_weights, identity, is_model_file, is_small_file, read_config
 from llmft_core.weights.layout import find_model, snapshot
-from llmft_core.weights.mirror import locked, look, mirror
+from llmft_core.weights.mirror import look, mirror
 
 if TYPE_CHECKING:
     from llmft_core.storage.engine import Progress

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from llmft_core.errors import InputError
 from llmft_core.extensions import ModelFamily
 from llmft_core.weights import hub
-from llmft_core.weights.cache import cache_folder
+from llmft_core.weights.cache import cache_folder, locked
 from llmft_core.weights.files import TOKENIZER_FILES, is_tokenizer_file
 from llmft_core.weights.layout import find_model
-from llmft_core.weights.mirror import locked, mirror
+from llmft_core.weights.mirror import mirror
 from llmft_core.weights.stage import ModelFolder, mirror_place
 
 if TYPE_CHECKING:
