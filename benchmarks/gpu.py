@@ -130,7 +130,7 @@ def llmft(given: argparse.Namespace, rank: int, *, compiled: bool = False) -> di
     from llmft_core.train.compiled import compile_blocks
     from llmft_core.train.job import Job
     from llmft_core.train.loop import train
-    from llmft_core.train.model import flash_attends
+    from llmft_core.train.model import make_trainable
     from llmft_core.train.optimizer import optimizer_maker
     from llmft_core.values import Placement, Setting
 
@@ -147,11 +147,7 @@ def llmft(given: argparse.Namespace, rank: int, *, compiled: bool = False) -> di
     torch.manual_seed(0)
     with engine.building(), torch.device("cpu" if given.tiny else f"cuda:{torch.cuda.current_device()}"):
         model = AutoModelForCausalLM.from_config(config, **{"dtype": engine.parameter_dtype, **loading})
-    if given.packed and flash_attends(model, job):
-        model.set_attn_implementation("flash_attention_2")
-    if given.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    make_trainable(model, job)
     model = method.apply(model, setting)
     if compiled:
         compile_blocks(model, plan)

@@ -16,7 +16,7 @@ from llmft_core.errors import LlmftError, one_line
 from llmft_core.extensions import Engine
 from llmft_core.plan import RunPlan
 from llmft_core.train.job import Job
-from llmft_core.train.loss import joins_rows
+from llmft_core.train.joined_rows import joins_rows
 from llmft_core.train.output_layer import layer_of
 
 MOST_GRAPHS = 32

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.train.job import Job
-from llmft_core.train.loss import joins_rows
+from llmft_core.train.joined_rows import joins_rows, lengths, takes_lengths
+from llmft_core.train.loss import on_device
 
 PROBE_TOKENS = 24
 """Tokens of each of the two samples: longer than the kernels of convolutional layers."""
@@ -52,10 +53,12 @@ def check_isolation(job: Job, engine: Engine, device: torch.device) -> None:
 def _logits(job: Job, engine: Engine, device: torch.device, samples: list[torch.Tensor]) -> torch.Tensor:
     """Logits (T, V) float32 of a row of samples, the last of several equal rows, called as in training."""
     rows = job.placement.micro_batch
-    shape = (1, -1) if joins_rows(engine.bare_model) else (rows, -1)
+    joined = joins_rows(engine.bare_model)
+    shape = (1, -1) if joined else (rows, -1)
     ids = torch.cat(samples)  # (T,)
     position_ids = torch.cat([torch.arange(len(sample)) for sample in samples])
     inputs = {"input_ids": ids, "position_ids": position_ids}
-    repeated = {name: values.repeat(rows).view(shape).to(device) for name, values in inputs.items()}
-    logits = engine.model(**repeated, use_cache=False).logits
+    repeated = {name: values.repeat(rows).view(shape) for name, values in inputs.items()}
+    beside = lengths(repeated["position_ids"]) if joined and takes_lengths(engine.bare_model) else {}
+    logits = engine.model(**on_device({**repeated, **beside}, device), use_cache=False).logits
     return logits.flatten(0, 1)[-len(ids) :].float()

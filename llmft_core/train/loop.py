@@ -22,7 +22,7 @@ from llmft_core.train.evaluate import evaluate
 from llmft_core.train.guards import Guards, with_its_gradient
 from llmft_core.train.isolation import check_isolation
 from llmft_core.train.job import Job, Reporter
-from llmft_core.train.loss import Call, joins_rows, micro_batch_loss
+from llmft_core.train.loss import Call, micro_batch_loss
 from llmft_core.train.output_probe import find_output_layer
 from llmft_core.train.schedule import learning_rate
 from llmft_core.train.watchdog import Watchdog
@@ -69,7 +69,7 @@ def train(
             reporter.send({"kind": "phase", "text": said})
     with uncompiled(plan.compile):  # it calls the model otherwise than training does
         output, caution = find_output_layer(job, engine, device)
-    call = Call(output, flat=joins_rows(engine.bare_model))
+    call = Call.of(output, engine.bare_model)
     if rank == 0 and caution:
         reporter.send({"kind": "warning", "text": caution})
     if form.packed:

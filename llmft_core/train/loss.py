@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from llmft_core.data.batches import MicroBatch
+from llmft_core.train.joined_rows import joins_rows, lengths, takes_lengths
 from llmft_core.train.output_layer import OutputLayer, Wanted
 from llmft_core.train.packed_mask import told
 from llmft_core.values import IGNORED_LABEL
@@ -16,31 +18,31 @@ from llmft_core.values import IGNORED_LABEL
 @dataclass(frozen=True)
 class Call:
     """How a model is called. `output`: its output layer. `flat`: packed rows go through it behind one another, as
-    one."""
+    one; `lengths`: their samples' lengths go with them."""
 
     output: OutputLayer
     flat: bool
+    lengths: bool = False
 
-
-def joins_rows(bare_model: torch.nn.Module) -> bool:
-    """Whether packed rows are to go through a model as one.
-
-    FlashAttention finds the samples by their positions in a batch of one row only, and in larger ones lets them see
-    each other without a word; it costs nothing there to join the rows. Under SDPA it would cost a mask of the whole
-    batch squared.
-    """
-    return "flash" in (getattr(bare_model.config, "_attn_implementation", None) or "")
+    @classmethod
+    def of(cls, output: OutputLayer, bare_model: torch.nn.Module) -> Call:
+        """As its kind of attention wants it."""
+        flat = joins_rows(bare_model)
+        return cls(output, flat, lengths=flat and takes_lengths(bare_model))
 
 
 def micro_batch_loss(model: torch.nn.Module, batch: MicroBatch, device: torch.device, call: Call) -> torch.Tensor:
     """`loss_sum` of a micro-batch, on the device."""
     arrays = [batch.input_ids, batch.labels, *([] if batch.position_ids is None else [batch.position_ids])]
     input_ids, labels, *position_ids = map(torch.from_numpy, arrays)
+    beside: dict[str, torch.Tensor | int] = {}
     if position_ids and call.flat:
         # No label crosses from row to row: nothing predicts the first token of a sample.
         input_ids, labels, position_ids = input_ids.view(1, -1), labels.view(1, -1), [position_ids[0].view(1, -1)]
+        if call.lengths:
+            beside = on_device(lengths(position_ids[0]), device)
     positions = sent(position_ids[0], device) if position_ids else None
-    return loss_sum(model, sent(input_ids, device), labels, positions, call.output)
+    return loss_sum(model, sent(input_ids, device), labels, positions, call.output, beside)
 
 
 def loss_sum(
@@ -49,18 +51,19 @@ def loss_sum(
     labels: torch.Tensor,
     position_ids: torch.Tensor | None,
     output: OutputLayer,
+    beside: Mapping[str, torch.Tensor | int] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over the trained tokens of a micro-batch, in nats, 0-d float32, on the model's device.
 
     `input_ids` is (B, T) int64 on the model's device, `labels` (B, T) int64 on the CPU, where choosing the trained
     positions does not make the host wait for the GPU; the label of a token is predicted from the position before it.
-    `position_ids` is (B, T) int64 on the model's device where rows are packed.
+    `position_ids` is (B, T) int64 on the model's device where rows are packed; `beside` is given to the model too.
 
     Rows are padded on the right and attention is causal, so padding cannot reach a real token and no mask is needed.
     Packed samples are kept apart by positions that restart, and by these alone: with a mask, or with a cache of keys,
     transformers would not look at them.
     """
-    inputs = {"input_ids": input_ids, "use_cache": False}
+    inputs: dict[str, torch.Tensor | int] = {"input_ids": input_ids, "use_cache": False, **(beside or {})}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     targets = torch.full_like(labels, IGNORED_LABEL)  # (B, T), by the position that predicts them
@@ -81,6 +84,11 @@ def loss_sum(
         logits = logits if output.way == "positions" else logits.index_select(0, wanted.positions)
         loss = cross_entropy(logits.float(), wanted.targets, reduction="sum")
     return loss if anything else loss * 0.0
+
+
+def on_device(arguments: Mapping[str, torch.Tensor | int], device: torch.device) -> dict[str, torch.Tensor | int]:
+    """Arguments of a forward pass, their tensors sent to the device."""
+    return {name: sent(one, device) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmft_core.errors import LlmftError
 from llmft_core.extensions import Engine
 from llmft_core.train.job import Job
 from llmft_core.train.sliced import load_sliced
@@ -31,12 +32,29 @@ def build_model(
     """
     model = load(job.model, engine, warn, loading or {})
     add_tokens(model, job.vocabulary, engine)
+    make_trainable(model, job)
+    return model
+
+
+def make_trainable(model: torch.nn.Module, job: Job) -> None:
+    """Its attention, what it computes again in the backward pass, and dropout: as the plan says. Raises LlmftError."""
     if job.plan.data.packing != "none" and flash_attends(model, job):
         model.set_attn_implementation("flash_attention_2")  # its work grows with the samples, not with the packed row
     if job.plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model)
     model.train()
-    return model
+
+
+def recompute(model: torch.nn.Module) -> None:
+    """Keep the inputs of each block alone, and compute the rest again in the backward pass. Raises LlmftError where the
+    model's class has no blocks that can."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise LlmftError(
+            f"--gradient-checkpointing: {type(model).__name__} cannot compute activations again in transformers "
+            f"{version('transformers')}: leave the flag out; a smaller --micro-batch saves memory too"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def flash_attends(model: torch.nn.Module, job: Job) -> bool:

@@ -13,6 +13,8 @@ from ranks import on_ranks
 from resuming import VOCABULARY, train_on
 from tables import tiny_llama
 
+from llmft_core.errors import LlmftError
+
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp",
     "zero-2": "zero-2",
@@ -91,3 +93,13 @@ def test_gradient_checkpointing_beside_the_chunked_loss_changes_no_bit(
             assert recomputed["fragments"].keys() == plain["fragments"].keys() != set()
             for key, values in plain["fragments"].items():
                 assert np.array_equal(recomputed["fragments"][key], values), (choice, key)
+
+
+def test_a_model_that_cannot_compute_activations_again_is_refused() -> None:
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    from llmft_core.train.model import recompute
+
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=16, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(LlmftError, match=r"^--gradient-checkpointing: CTRLLMHeadModel cannot .*: leave the flag out"):
+        recompute(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ def llama(folder: Path) -> Any:
 def loss_and_gradients(model: Any, batches: list[MicroBatch], flat: bool) -> tuple[float, dict[str, Any]]:
     import torch
 
+    from llmft_core.train.joined_rows import takes_lengths
     from llmft_core.train.loss import Call, micro_batch_loss
     from llmft_core.train.output_layer import OutputLayer
 
     model.zero_grad()
     output = OutputLayer(model)
     output.way = "loss"
-    call = Call(output, flat)
+    call = Call(output, flat, lengths=flat and takes_lengths(model))
     loss = sum(micro_batch_loss(model, batch, torch.device("cpu"), call) for batch in batches)
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -77,6 +79,81 @@ def test_packed_loss_and_gradients_are_the_sum_of_those_of_each_sample(kind: str
     for name, gradient in expected.items():
         difference = (gradients[name] - gradient).abs().max()
         assert float(difference) <= 1e-5 * float(gradient.abs().max()), name
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> Any:
+    """flash-attn's `flash_attn_varlen_func` by PyTorch: each sample's attention alone. q is (T, heads, head size)."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    assert causal
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert isinstance(max_seqlen_q, int), "of a tensor, flash-attn would have to wait for the GPU"
+    assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+    samples = []
+    for begin, end in pairwise(cu_seqlens_q.tolist()):
+        one = [values[begin:end].transpose(0, 1) for values in (q, k, v)]
+        samples.append(scaled_dot_product_attention(*one, is_causal=True, scale=softmax_scale, enable_gqa=True))
+    return torch.cat(samples, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])
+def test_flash_attention_is_told_where_samples_begin(
+    checkpointing: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own way to FlashAttention, with only the kernel replaced: no layer looks at the positions."""
+    import transformers.modeling_flash_attention_utils as flash
+
+    from llmft_core.train.joined_rows import joins_rows
+    from llmft_core.train.model import recompute
+
+    def looks(*_: Any) -> bool:
+        raise AssertionError("a layer reads the positions back")
+
+    monkeypatch.setattr(flash, "_is_packed_sequence", looks)
+    for name, function in {
+        "_flash_varlen_fn": varlen,
+        "_process_flash_kwargs_fn": flash._lazy_define_process_function(varlen),
+        "_loaded_implementation": "flash_attention_2",
+    }.items():
+        monkeypatch.setattr(flash, name, function, raising=False)
+    packed, alone = packed_and_alone(random_table(12, VOCABULARY, 19))
+    expected_loss, expected = loss_and_gradients(llama(folder), alone, flat=False)
+    model = llama(folder)
+    model.config._attn_implementation = "flash_attention_2"
+    if checkpointing:
+        recompute(model)
+        model.train()
+    assert joins_rows(model)
+    loss, gradients = loss_and_gradients(model, [packed], flat=True)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        difference = (gradients[name] - gradient).abs().max()
+        assert float(difference) <= 1e-5 * float(gradient.abs().max()), name
+
+
+def test_the_lengths_of_a_joined_row_are_those_of_its_samples_and_paddings() -> None:
+    import torch
+
+    from llmft_core.train.joined_rows import lengths
+
+    for samples in ([3, 1, 1, 4], [1], [1, 1], [5]):
+        positions = torch.cat([torch.arange(length) for length in samples]).view(1, -1)
+        told = lengths(positions)
+        bounds = np.cumsum([0, *samples]).tolist()
+        assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == bounds  # type: ignore[union-attr]
+        assert told["max_length_q"] == told["max_length_k"] == max(samples)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

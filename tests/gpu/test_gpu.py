@@ -76,7 +76,7 @@ from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.train.guards import with_its_gradient
 from llmft_core.train.job import Job
-from llmft_core.train.loss import Call, joins_rows, micro_batch_loss
+from llmft_core.train.loss import Call, micro_batch_loss
 from llmft_core.train.optimizer import optimizer_maker
 from llmft_core.train.output_probe import find_output_layer
 from llmft_core.values import Placement
@@ -88,7 +88,7 @@ sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
 engine.prepare(LlamaForCausalLM(LlamaConfig(**sizes)).train(), optimizer_maker(plan))
 job = Job(plan, placement, 1, (1,), 128, 0, (), {}, Path(), Path(), Path())
 output, _ = find_output_layer(job, engine, device)
-call = Call(output, flat=joins_rows(engine.bare_model))
+call = Call.of(output, engine.bare_model)
 ids = np.arange(2 * 64).reshape(2, 64) % 128
 within = np.arange(64) % 32  # packed: two samples a row
 labels = np.where(within < 8, -100, ids)
