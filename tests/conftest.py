@@ -14,7 +14,9 @@ from servers import GcsServer, S3Server, gcs_emulator, moto, rclone_s3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-FOREIGN = ("LLMFT_", "AWS_", "GOOGLE_", "WANDB_", "MLFLOW_")  # variables that would change what a test sees
+# Variables that would change what a test sees: logins, caches, a cluster, a terminal.
+FOREIGN = ("LLMFT_", "AWS_", "GOOGLE_", "WANDB_", "MLFLOW_", "HF_", "HUGGINGFACE_", "RAY_")
+FOREIGN += ("FORCE_COLOR", "NO_COLOR", "CLICOLOR", "TTY_", "COLUMNS", "LINES")
 
 _scratch: list[str] = []
 
@@ -29,6 +31,9 @@ def pytest_configure() -> None:
     _scratch.append(tempfile.mkdtemp(prefix="llmft-tests-"))
     os.environ.update(
         HF_HUB_OFFLINE="1",
+        NO_PROXY="127.0.0.1,localhost",
+        no_proxy="127.0.0.1,localhost",
+        HF_HOME=str(Path(_scratch[0]) / "hf"),  # what a developer has fetched is not there
         RAY_USAGE_STATS_ENABLED="0",
         LLMFT_CACHE=str(Path(_scratch[0]) / "cache"),
         TORCHINDUCTOR_CACHE_DIR=str(Path(_scratch[0]) / "kernels"),

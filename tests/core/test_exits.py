@@ -94,6 +94,7 @@ def late(end: str) -> list[tuple[int, str]]:
 
 
 def test_a_collective_that_ends_late_aborts_nothing() -> None:
+    """That this comes to an abort without our way of ending is shown by the next test, where the machine is quick."""
     for code, error in late("ours"):
         assert code == 0, error
         assert not aborted(error)

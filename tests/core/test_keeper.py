@@ -62,9 +62,19 @@ def test_a_storage_that_fails_is_one_warning_and_loses_nothing(tmp_path: Path) -
         said.append(text)
         warned.set()
 
-    with Keeper(folder, place(tmp_path / "store" / "run"), warn, every=0.01):
+    attempts, more = iter(range(1000)), threading.Event()
+    keeper = Keeper(folder, place(tmp_path / "store" / "run"), warn, every=0.01)
+    copy = keeper.copy
+
+    def counted() -> None:
+        if next(attempts) == 3:
+            more.set()
+        copy()
+
+    keeper.copy = counted  # type: ignore[method-assign]
+    with keeper:
         assert warned.wait(30)
-        threading.Event().wait(0.2)  # more attempts, and no word of them
+        assert more.wait(30), "it is tried again, and no word of that"
     assert [text.split(":")[0] for text in said] == ["metrics are not being uploaded", "metrics were not uploaded"]
     assert str(folder) in said[-1]
     assert (folder / "a").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -30,7 +31,9 @@ def run(tmp_path: Path) -> Place:
 def age(run: Place, seconds: float) -> None:
     """As if the lease had been renewed so long ago."""
     path = Path(run.path) / NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "renewed": time.time() - seconds}))
+    aged = path.with_suffix(".aged")
+    aged.write_text(json.dumps({**json.loads(path.read_text()), "renewed": time.time() - seconds}))
+    os.replace(aged, path)  # its holder may be reading it
 
 
 def test_it_is_held_and_given_back(run: Place) -> None:

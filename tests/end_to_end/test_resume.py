@@ -56,7 +56,6 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bytes(tmp_path: Path, s3_ser
     keys = {**s3_server.environment, "LLMFT_CACHE": str(tmp_path / "one")}
     storage = ["--storage", "s3", "--storage.bucket", "bucket", "--storage.prefix", "resume"]
     storage += ["--storage.endpoint-url", s3_server.endpoint_url]
-    # The second one has five times the steps' time to be killed in, but the same plan otherwise.
     straight = llmft("run", *RUN, *storage, "--name", "straight", folder=tmp_path, environment=keys)
     assert straight.code == 0, straight.err
     killed_after_a_state(tmp_path, [*RUN, *storage, "--name", "killed"], keys)

@@ -35,7 +35,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("storage", "s3"): {"bucket": "bucket"},
     ("storage", "gcs"): {"bucket": "bucket"},
 }
-REACHABLE = ("local",)  # the others need a server: tests/plugins/test_s3.py and test_gcs.py bring one
+REACHABLE = ("local",)  # the others need a server: tests/plugins/test_storage_backends.py brings them
 
 
 def of_kind(kind: str) -> Any:

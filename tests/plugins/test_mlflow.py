@@ -109,7 +109,8 @@ def test_a_run_that_was_not_tracked_before_begins_there(tmp_path: Path) -> None:
 
 def test_a_kill_leaves_a_whole_database(tmp_path: Path) -> None:
     program = f"""
-import os, signal, time
+import os, signal, sqlite3, time
+from contextlib import closing
 from pathlib import Path
 from llmft_plugins.trackers import mlflow as module
 module.COPY_SECONDS, module.COPY_SHARE = 0.0, 1.0
@@ -119,8 +120,11 @@ database, deadline = folder / "mlflow" / "mlflow.db", time.monotonic() + 100
 while not database.exists():
     assert time.monotonic() < deadline, "no database"
     time.sleep(0.05)
-before, step = database.stat().st_mtime_ns, 0
-while step < 50 or database.stat().st_mtime_ns == before:
+def copied():
+    with closing(sqlite3.connect(database)) as copy:
+        return copy.execute("select max(step) from metrics").fetchone()[0] or 0
+step = 0
+while step < 50 or copied() < 2:
     step += 1
     tracker.log({{"train/loss": 1.0 / step}}, step=step)
     time.sleep(0.01)

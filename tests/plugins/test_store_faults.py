@@ -268,6 +268,8 @@ def test_a_token_server_that_is_busy_is_asked_again(gcs_server: GcsServer, token
         remote = google_place(proxy, "busy-tokens")
         tokens.statuses = [503] * 4
         transfer.upload(tmp_path / "source", remote)
+        assert tokens.statuses == [], "it was asked until it answered"
+        assert tokens_used(proxy)[0] == b"token-5", "four were refused"
         assert transfer.exists(remote)
 
 
