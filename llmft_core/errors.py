@@ -23,6 +23,10 @@ class ChangedMeanwhile(LlmftError):
     """A file in storage is no longer the one that a transfer began with: what was read so far is worthless."""
 
 
+class UselessWeights(LlmftError):
+    """What was trained is not worth publishing: to train on would be wasted too."""
+
+
 class Interrupted(LlmftError):
     """The user stopped the run; exit code 130 (128 + SIGINT)."""
 

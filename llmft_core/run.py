@@ -192,6 +192,9 @@ def follow(
             view.phase(event["text"])
         elif event["kind"] == "warning":
             view.warn(event["text"])
+        elif event["kind"] == "unpublished":
+            outcome.unpublished.append(event["name"])
+            view.warn(event["text"])
         elif event["kind"] == "hung":
             if ready.cluster.address == "":
                 view.progress.stop()  # this process is about to end: the terminal gets its cursor back

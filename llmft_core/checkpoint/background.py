@@ -6,18 +6,24 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from llmft_core.errors import LlmftError, UselessWeights
+
 
 class Background:
     """One rank's publishing. At most one checkpoint is under way: whoever comes with the next waits for it, so that a
     slow store makes training slower instead of filling memory and disk.
 
-    As a context manager it waits for the last one, also when training failed: what was taken before is worth keeping.
-    Only Ctrl-C (KeyboardInterrupt) leaves it behind: it stays incomplete.
+    Work that fails is told of when it does, and training goes on: a store that is away for minutes takes no run down.
+    As a context manager it waits for the last one, also when training failed: what was taken before is worth keeping;
+    then what has failed is the end's error. Only Ctrl-C (KeyboardInterrupt) leaves it behind: it stays incomplete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[Exception], None] = lambda error: None) -> None:
+        """`tell` is called with the error of work that failed, in its thread."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmft-publish")
         self._pending: Future[None] | None = None
+        self._tell = tell
+        self._failures: list[Exception] = []
 
     @property
     def busy(self) -> bool:
@@ -30,15 +36,28 @@ class Background:
         return self._pending
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Begin; returns at once unless the work before is still under way. Raises the LlmftError of that."""
+        """Begin; returns at once unless the work before is still under way. Raises as `wait`."""
         self.wait()
-        self._pending = self._executor.submit(work)
+        self._pending = self._executor.submit(self._do, work)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failures.append(error)
+            self._tell(error)
+            raise
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises the LlmftError of work that failed."""
+        """Until nothing is under way. Raises UselessWeights of work that found them, and what is no LlmftError."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        error = pending.exception() if pending is not None else None
+        if error is not None and (not isinstance(error, LlmftError) or is_of_useless_weights(error)):
+            raise error
+
+    def forgive(self) -> None:
+        """What has failed until now is replaced, and no error at the end."""
+        self._failures.clear()
 
     def __enter__(self) -> Background:
         return self
@@ -50,6 +69,8 @@ class Background:
         try:
             if error is None:
                 self.wait()
+                if self._failures:
+                    raise self._failures[0]
             elif not at_once and self._pending is not None and (failed := self._pending.exception()) is not None:
                 error.add_note(f"and the last checkpoint failed too: {failed}")
         except KeyboardInterrupt:
@@ -57,3 +78,8 @@ class Background:
             raise
         finally:
             self._executor.shutdown(wait=not at_once)
+
+
+def is_of_useless_weights(error: BaseException) -> bool:
+    """Whether work failed for what it was to publish, rather than on the way."""
+    return isinstance(error.__cause__ or error, UselessWeights)

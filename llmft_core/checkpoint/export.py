@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft_core.checkpoint.adapter import AdapterStart, digest_of, write_adapter_config
 from llmft_core.checkpoint.snapshot import Layout
-from llmft_core.errors import LlmftError
+from llmft_core.errors import UselessWeights
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class WeightWriter:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def write(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """One file. Raises LlmftError where a tensor is not finite."""
+        """One file. Raises UselessWeights where a tensor is not finite."""
         from safetensors.torch import save_file
 
         for name, tensor in tensors.items():
@@ -98,7 +98,7 @@ class Comparison:
         self.unknown: list[str] = []
 
     def look_at(self, name: str, tensor: torch.Tensor, trained: bool) -> None:
-        """Count whether a trained tensor moved. Raises LlmftError if it holds NaN or infinity."""
+        """Count whether a trained tensor moved. Raises UselessWeights if it holds NaN or infinity."""
         import torch
 
         check_finite(name, tensor)
@@ -136,9 +136,9 @@ class SinceStart:
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises LlmftError if a tensor holds NaN or infinity."""
+    """Raises UselessWeights if a tensor holds NaN or infinity."""
     if not bool(tensor.isfinite().all()):
-        raise LlmftError(f"{name} holds NaN or infinity after training: nothing is published; lower --lr and rerun")
+        raise UselessWeights(f"{name} holds NaN or infinity after training: nothing is published; lower --lr and rerun")
 
 
 def write_configuration(layout: Layout, folder: Path) -> None:
@@ -164,11 +164,11 @@ def write_generation_config(layout: Layout, folder: Path, stop_ids: tuple[int, .
 
 
 def judge(parts: list[Exported]) -> None:
-    """Raises LlmftError if nothing that was trained differs from the base: that would be the base model. Of tensors
+    """Raises UselessWeights if nothing that was trained differs from the base: that would be the base model. Of tensors
     that the base does not have nothing can be said; the manifest lists them."""
     unchanged = sum(len(part.unchanged) for part in parts)
     if unchanged and not any(part.changed for part in parts):
-        raise LlmftError(
+        raise UselessWeights(
             f"none of {unchanged} trained tensors differs from the base model: nothing is published; "
             "is --lr too small for --checkpoint.dtype?"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmft_core.checkpoint.adapter import is_adapter, verify_adapter
 from llmft_core.checkpoint.export import Exported, exported_from_json, exported_to_json, judge
-from llmft_core.checkpoint.together import Said, assemble, send_part
+from llmft_core.checkpoint.together import Said, assemble, promised, send_part
 from llmft_core.errors import LlmftError
 from llmft_core.storage.places import Place
 
@@ -20,7 +20,8 @@ MARKER = ".is_checkpoint"
 def publish_part(folder: Path, target: Place, exported: Exported, rank: int) -> None:
     """What a rank other than 0 does, as `together.send_part`."""
     said = {"exported": exported_to_json(exported)}
-    send_part(folder, target, rank, lambda: verify_weights(folder, exported), said)
+    with promised(target, rank):
+        send_part(folder, target, rank, lambda: verify_weights(folder, exported), said)
 
 
 def publish(

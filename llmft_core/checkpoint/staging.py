@@ -1,5 +1,6 @@
 """Where this node keeps a checkpoint until it is uploaded. A folder that is still being written is called `.partial`
-and held by a lock; what a killed process left behind is swept, what was written whole is never removed by us."""
+and held by a lock; what a killed process left behind is swept, what was written whole is never removed by us. A state
+stays one that is being written until it is published: half of it is of no use to anybody."""
 
 from __future__ import annotations
 
@@ -29,14 +30,17 @@ class Staging:
 
     @classmethod
     def open(cls, cache: Path, run: str, checkpoint: str) -> Staging:
-        """A new folder in this node's cache; sweeps those that nobody writes any more."""
+        """A new folder in this node's cache; sweeps those that nobody writes any more. Raises LlmftError."""
         place = cache / FOLDER
-        place.mkdir(parents=True, exist_ok=True)
-        sweep(cache)
-        # The host's name, because a cache on a network disk may be that of several nodes, and locks are of one.
-        folder = place / f"{run}-{checkpoint}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}{PARTIAL}"
-        lock = _locked(folder)  # before the folder is there, so that nobody sweeps it
-        folder.mkdir()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            sweep(cache)
+            # The host's name, because a cache on a network disk may be that of several nodes, and locks are of one.
+            folder = place / f"{run}-{checkpoint}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}{PARTIAL}"
+            lock = _locked(folder)  # before the folder is there, so that nobody sweeps it
+            folder.mkdir()
+        except OSError as error:
+            raise _unwritable(checkpoint, place, error) from error
         return cls(folder, lock)
 
     @contextmanager
@@ -50,10 +54,7 @@ class Staging:
             raise
         except Exception as error:
             self.discard()
-            raise LlmftError(
-                f"{what} could not be written to {self.folder.parent} ({error}): free disk space, or set LLMFT_CACHE "
-                "to a larger disk"
-            ) from error
+            raise _unwritable(what, self.folder.parent, error) from error
 
     def settle(self) -> Path:
         """The folder is whole: it gets its final name, which is returned."""
@@ -63,8 +64,8 @@ class Staging:
         return whole
 
     def discard(self) -> None:
-        """What is in it is worth nothing."""
-        shutil.rmtree(self.folder)
+        """What is in it is worth nothing, or published and gone."""
+        shutil.rmtree(self.folder, ignore_errors=True)
         self._unlock()
 
     def _unlock(self) -> None:
@@ -90,12 +91,18 @@ def kept_copies(cache: Path) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir() and folder.suffix != PARTIAL)
 
 
+def _unwritable(what: str, folder: Path, error: Exception) -> LlmftError:
+    return LlmftError(
+        f"{what} could not be written to {folder} ({error}): free disk space, or set LLMFT_CACHE to a larger disk"
+    )
+
+
 def _lock_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
 def _locked(folder: Path) -> FileLock:
     """Raises Timeout where another process has it."""
-    lock = FileLock(_lock_file(folder), blocking=False)
+    lock = FileLock(_lock_file(folder), blocking=False, thread_local=False)  # another thread may publish what is there
     lock.acquire()
     return lock

@@ -136,12 +136,13 @@ def publish_state(
     facts: Mapping[str, Any],
 ) -> int:
     """Upload this rank's files; rank 0 also waits for the others, and makes the state complete. `shapes` are those of
-    all trained parameters. Returns the bytes of all on rank 0, else 0. Raises LlmftError; the local copy is kept then.
+    all trained parameters. Returns the bytes of all on rank 0, else 0. Raises LlmftError; the local copy is of no use
+    then: another rank's part of the state may be missing, and training goes on.
     """
     check = partial(verify_fragments, folder, written)
     said = {"fragments": written}
     if rank != 0:
-        send_part(folder, target, rank, check, said)
+        send_part(folder, target, rank, check, said, keep=False)
         return 0
 
     def manifest(parts: Sequence[Said]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def publish_state(
         check_whole(fragments, shapes)
         return {"fragments": fragments, "world_size": world_size, **facts}
 
-    return assemble(folder, target, world_size, check, said, manifest, MARKER)
+    return assemble(folder, target, world_size, check, said, manifest, MARKER, keep=False)
 
 
 def check_whole(fragments: Mapping[str, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,34 @@ def upload_part(folder: Path, target: Place) -> dict[str, dict[str, Any]]:
     return files
 
 
-def send_part(folder: Path, target: Place, rank: int, check: Callable[[], None], said: Said) -> None:
+@contextmanager
+def promised(target: Place, rank: int) -> Iterator[None]:
+    """Around all that a rank does for its part: rank 0 waits for that, and hears of whatever fails, if the storage
+    takes it."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, rank 0 waits for a word
+        if rank != 0:
+            with suppress(LlmftError):  # the first error says already what is wrong with the storage
+                write_bytes(target / PART.format(rank=rank), json.dumps({"error": one_line(error)}).encode())
+        raise
+
+
+def send_part(
+    folder: Path, target: Place, rank: int, check: Callable[[], None], said: Said, *, keep: bool = True
+) -> None:
     """What a rank other than 0 does: `check` the local files, upload, tell rank 0 through the storage, remove them.
 
-    Raises LlmftError naming the local folder, which is kept, if anything fails; rank 0 is told then too, if the storage
-    takes it.
+    Raises LlmftError if anything fails, naming the local folder where `keep` says that it is worth keeping.
     """
-    note = target / PART.format(rank=rank)
     try:
         check()
-        write_bytes(note, json.dumps({"files": upload_part(folder, target), **said}).encode())
-    except Exception as error:  # whatever it is, rank 0 waits for a word
+        described = {"files": upload_part(folder, target), **said}
+        write_bytes(target / PART.format(rank=rank), json.dumps(described).encode())
+    except Exception as error:
         failure = LlmftError(f"rank {rank}'s part of {target.uri} could not be published: {one_line(error)}")
-        failure.add_note(f"the local copy is kept in {folder}")
-        with suppress(LlmftError):  # the first error says already what is wrong with the storage
-            write_bytes(note, json.dumps({"error": one_line(failure)}).encode())
+        if keep:
+            failure.add_note(f"the local copy is kept in {folder}")
         raise failure from error
     shutil.rmtree(folder)
 
@@ -68,11 +81,14 @@ def assemble(
     make_manifest: MakeManifest,
     marker: str,
     way_out: str = "",
+    *,
+    keep: bool = True,
 ) -> int:
     """What rank 0 does: `check` and upload its part, wait for those of ranks 1 to `writers` - 1, write the manifest and
     then the marker, and remove the local folder. Returns the bytes uploaded by all.
 
-    Raises LlmftError naming the local folder, which is kept, if anything fails; `way_out` is what to do with it.
+    Raises LlmftError if anything fails, naming the local folder where `keep` says that it is worth keeping; `way_out`
+    is what to do with it.
     """
     try:
         check()
@@ -88,9 +104,8 @@ def assemble(
         vouched = {"manifest_sha256": hashlib.sha256(text).hexdigest()}
         write_bytes(target / marker, (json.dumps(vouched) + "\n").encode())
     except Exception as error:  # whatever it is, the local copy is worth naming
-        raise LlmftError(
-            f"{target.uri} could not be published: {error}; the local copy is kept in {folder}{way_out}"
-        ) from error
+        kept = f"; the local copy is kept in {folder}{way_out}" if keep else ""
+        raise LlmftError(f"{target.uri} could not be published: {one_line(error)}{kept}") from error
     shutil.rmtree(folder)
     return sum(int(described["bytes"]) for described in files.values())
 

@@ -39,6 +39,8 @@ class Outcome:
     """(optimizer steps done, seconds) of each step since the last state: what a failure now would cost."""
     adapter: bool = False
     """Whether the checkpoints are adapters."""
+    unpublished: list[str] = field(default_factory=list)
+    """Names of the states that were taken and could not be published."""
     restarts: int = 0
     """How often the workers were started again after a failure."""
     lost_steps: int = 0
@@ -72,6 +74,9 @@ def summary(outcome: Outcome) -> list[str]:
     if outcome.data_seconds > WORTH_TELLING * stepping:
         lines.append(f"training waited for batches {words.share(outcome.data_seconds / stepping)} of its steps' time")
     lines.append(stall_line(outcome))
+    if outcome.unpublished:
+        lost = f"{words.counted(len(outcome.unpublished), 'state')} could not be published"
+        lines.append(f"{lost}, the last one {outcome.unpublished[-1]}: the warnings above say why")
     if outcome.restarts:
         lines.append(
             f"the workers were started again {words.counted(outcome.restarts, 'time')}: "

@@ -34,7 +34,7 @@ Save = Callable[[int, int, dict[str, float]], None]
 """Write a checkpoint after (optimizer steps done, epoch, metrics). Collective."""
 
 
-SaveState = Callable[[int, Mapping[str, Any]], None]
+SaveState = Callable[[int, Mapping[str, Any], bool], None]
 """Write a state after (optimizer steps done, `Guards.memory`). Called on all ranks; not collective."""
 
 
@@ -146,7 +146,7 @@ def train(
             save(done, epoch, latest)
         if save_state is not None and (due["state"] or state_due or stopping) and done < job.total_steps:
             watchdog.saving(done, "a state")
-            save_state(done, guards.memory)
+            save_state(done, guards.memory, stopping)
             state_written = time.monotonic()
         if stopping:
             return

@@ -14,13 +14,15 @@ import psutil
 import torch
 
 from llmft_core.checkpoint.adapter import AdapterStart
-from llmft_core.checkpoint.background import Background
+from llmft_core.checkpoint.background import Background, is_of_useless_weights
 from llmft_core.checkpoint.export import Exported, WeightWriter, write_rest
 from llmft_core.checkpoint.publish import publish, publish_part
 from llmft_core.checkpoint.retention import Published, expendable, remove
 from llmft_core.checkpoint.snapshot import Keep, Layout, gather, lay_out
 from llmft_core.checkpoint.staging import Staging
 from llmft_core.checkpoint.stored import list_checkpoints, read_manifest
+from llmft_core.checkpoint.together import promised
+from llmft_core.errors import one_line
 from llmft_core.extensions import Engine
 from llmft_core.report import words
 from llmft_core.storage.places import Place
@@ -44,7 +46,7 @@ class Saver:
         self.count = job.resume.next_checkpoint if job.resume else 0
         # Retention decides over what lies there already too.
         self.published = published_before(run) if job.resume and rank == 0 else []
-        self.background = Background()
+        self.background = Background(self._failed)
 
     def send(self, event: dict[str, Any]) -> None:
         """Pass an event on."""
@@ -97,12 +99,13 @@ class Saver:
     def _written(self, name: str, layout: Layout, write_all: Callable[[Keep], None]) -> tuple[Path, Exported]:
         """A whole staging folder with this rank's files, and what is in it. Raises LlmftError; nothing stays then."""
         job = self.job
-        staging = Staging.open(cache_folder(), job.plan.name, name)
-        with staging.writing(name):
-            writer = WeightWriter(layout, job.model, staging.folder)
-            write_all(writer.write)
-            if self.rank == 0:
-                write_rest(layout, job.tokenizer, job.stop_ids, staging.folder)
+        with promised(self.run / name, self.rank):
+            staging = Staging.open(cache_folder(), job.plan.name, name)
+            with staging.writing(name):
+                writer = WeightWriter(layout, job.model, staging.folder)
+                write_all(writer.write)
+                if self.rank == 0:
+                    write_rest(layout, job.tokenizer, job.stop_ids, staging.folder)
         return staging.settle(), writer.exported()
 
     def _publish(
@@ -124,6 +127,14 @@ class Saver:
             remove(one.place)
             self.published.remove(one)
             self.reporter.send({"kind": "removed", "name": one.place.name})
+
+    def _failed(self, error: Exception) -> None:
+        """Rank 0 hears of every other's failure, and speaks for all."""
+        if self.rank == 0:
+            useless = is_of_useless_weights(error)
+            what = "the run ends at the next checkpoint" if useless else "training goes on, and ends with this error"
+            text = f"{one_line(error)}; {what}"
+            self.reporter.send({"kind": "warning", "text": text})
 
     def __enter__(self) -> Saver:
         self.background.__enter__()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from llmft_core.checkpoint.background import Background
@@ -23,13 +22,17 @@ from llmft_core.checkpoint.state import (
     write_progress,
 )
 from llmft_core.checkpoint.stored_state import list_states, remove_state
-from llmft_core.errors import LlmftError
+from llmft_core.checkpoint.together import promised
+from llmft_core.errors import LlmftError, one_line
 from llmft_core.extensions import Engine
 from llmft_core.report import words
 from llmft_core.storage.places import Place
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.saver import has_room
 from llmft_core.weights.cache import cache_folder
+
+Written = tuple[Staging, dict[str, dict[str, int]]]
+"""A staging folder with a rank's files, and what is in each."""
 
 
 class StateSaver:
@@ -42,15 +45,20 @@ class StateSaver:
         self.job, self.engine, self.rank, self.reporter, self.run = job, engine, rank, reporter, run
         self.checkpoints = checkpoints
         self.count = job.resume.next_state if job.resume else 0
-        self.background = Background()
+        self.background = Background(self._failed)
+        self.last = False
+        self.name = ""  # of the newest one
 
-    def save(self, step: int, guards: Mapping[str, Any]) -> None:
+    def save(self, step: int, guards: Mapping[str, Any], last: bool = False) -> None:
         """Copy what this rank holds after optimizer step number `step` (from 1) into host memory; all else happens in
-        the background. `guards`: `Guards.memory`."""
+        the background. `guards`: `Guards.memory`; `last`: the run ends here, and goes on from this state or not at
+        all."""
         started = time.perf_counter()
-        name = f"state_{self.count:05d}"
-        self.count += 1
         self.background.wait()  # memory and disk never hold more than one
+        self.background.forgive()
+        self.name = name = f"state_{self.count:05d}"
+        self.count += 1
+        self.last = last
         waited = time.perf_counter() - started
         progress = Progress(step, self.engine.counters(), guards)
         trained = {n for n, parameter in self.engine.bare_model.named_parameters() if parameter.requires_grad}
@@ -58,43 +66,51 @@ class StateSaver:
         before = self.checkpoints.pending if self.checkpoints is not None else None
         taken = views(self.engine.fragments())
         size = bytes_of(taken)
+        publish = partial(self._publish, name, shapes, step, started, before)
         if has_room(size):
             taken = copies(taken)
-            self.background.submit(
-                lambda: self._publish(name, *self._written(name, taken, progress), shapes, step, started, before)
-            )
+            self.background.submit(lambda: publish(self._written(name, taken, progress)))
         else:
             text = f"{name}: no room for {words.size(size)} in the memory of {socket.gethostname()}: training waits"
             self.reporter.send({"kind": "warning", "text": f"{text} while rank {self.rank} writes"})
-            folder, written = self._written(name, taken, progress)
-            self.background.submit(partial(self._publish, name, folder, written, shapes, step, started, before))
+            try:
+                written = self._written(name, taken, progress)
+            except LlmftError as error:
+                self.background.submit(partial(fail, error))
+            else:
+                self.background.submit(partial(publish, written))
         if self.rank == 0:
             self.reporter.send({"kind": "stall", "seconds": time.perf_counter() - started, "waited": waited})
 
-    def _written(self, name: str, taken: Snapshot, progress: Progress) -> tuple[Path, dict[str, dict[str, int]]]:
-        """A whole staging folder with this rank's files, and what is in it. Raises LlmftError; nothing stays then."""
-        staging = Staging.open(cache_folder(), self.job.plan.name, name)
-        with staging.writing(name):
-            written = write_fragments(taken, self.rank, staging.folder)
-            if self.rank == 0:
-                write_progress(progress, staging.folder)
-        return staging.settle(), written
+    def _written(self, name: str, taken: Snapshot, progress: Progress) -> Written:
+        """This rank's files, in a folder that is discarded once they are published or cannot be. Raises LlmftError;
+        nothing stays then."""
+        with promised(self.run / name, self.rank):
+            staging = Staging.open(cache_folder(), self.job.plan.name, name)
+            with staging.writing(name):
+                written = write_fragments(taken, self.rank, staging.folder)
+                if self.rank == 0:
+                    write_progress(progress, staging.folder)
+        return staging, written
 
     def _publish(
         self,
         name: str,
-        folder: Path,
-        written: Mapping[str, Mapping[str, int]],
         shapes: Mapping[str, tuple[int, ...]],
         step: int,
         started: float,
         before: Future[None] | None,
+        written: Written,
     ) -> None:
-        if before is not None and (failed := before.exception()) is not None:
-            raise LlmftError(f"{name} is not published, because the checkpoint before it failed ({failed})")
-        place, world_size = self.run / name, self.job.placement.world_size
+        (staging, files), place, world_size = written, self.run / name, self.job.placement.world_size
         facts = {"provenance": dict(self.job.provenance)}
-        size = publish_state(folder, place, self.rank, world_size, written, shapes, facts)
+        try:
+            with promised(place, self.rank):
+                if before is not None and (failed := before.exception()) is not None:
+                    raise LlmftError(f"{name} is not published, because the checkpoint before it failed ({failed})")
+                size = publish_state(staging.folder, place, self.rank, world_size, files, shapes, facts)
+        finally:
+            staging.discard()
         if self.rank != 0:
             return
         seconds = time.perf_counter() - started
@@ -104,9 +120,23 @@ class StateSaver:
         for number in complete[: -self.job.plan.state.keep_last]:
             remove_state(self.run / f"state_{number:05d}")
 
+    def _failed(self, error: Exception) -> None:
+        """Rank 0 hears of every other's failure, and speaks for all. Of the last state it is the run's error."""
+        if self.rank == 0 and not self.last:
+            text = f"{one_line(error)}; training goes on, and the next state is taken as if nothing had happened"
+            self.reporter.send({"kind": "unpublished", "name": self.name, "text": text})
+
     def __enter__(self) -> StateSaver:
         self.background.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if error[0] is None and not self.last:
+            self.background.wait()
+            self.background.forgive()  # the run came to its end: nobody needs a state of it
         self.background.__exit__(*error)
+
+
+def fail(error: LlmftError) -> None:
+    """Work that has failed already."""
+    raise error

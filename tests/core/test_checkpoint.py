@@ -16,7 +16,7 @@ from llmft_core.checkpoint.background import Background
 from llmft_core.checkpoint.export import Comparison, Exported, judge
 from llmft_core.checkpoint.publish import publish, publish_part, verify_folder, verify_weights
 from llmft_core.checkpoint.shards import divide, shard_names, split
-from llmft_core.errors import LlmftError, one_line
+from llmft_core.errors import LlmftError, UselessWeights, one_line
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_rank_that_fails_tells_rank_0_and_both_keep_their_files(
     assert str(folder) in str(caught.value)
     assert str(tmp_path / "other") in str(caught.value)
     with pytest.raises(LlmftError, match="rank 1's part"):
-        background.wait()
+        background.__exit__(None, None, None)
     assert folder.is_dir()
     assert (tmp_path / "other").is_dir()
     assert not (tmp_path / "runs" / "checkpoint_00000" / ".is_checkpoint").exists()
@@ -250,21 +250,48 @@ def split_files(folder: Path, first: list[str], second: list[str], other: Path) 
     return parts[0], parts[1]
 
 
-def test_work_in_the_background_is_waited_for_and_fails_at_the_next_one() -> None:
+def test_work_in_the_background_is_waited_for() -> None:
     done: list[int] = []
     with Background() as background:
         background.submit(lambda: done.append(1))
     assert done == [1]
     assert not background.busy
 
+
+def test_work_that_failed_is_told_at_once_and_is_the_error_of_the_end() -> None:
+    done: list[int] = []
+    told: list[Exception] = []
+
     def fail() -> None:
         raise LlmftError("the local copy is kept in x")
 
-    failing = Background()
-    failing.submit(fail)
-    with pytest.raises(LlmftError, match="the local copy is kept in x"):
-        failing.submit(lambda: done.append(2))
-    assert done == [1]
+    with pytest.raises(LlmftError, match="kept in x"), Background(told.append) as background:  # noqa: PT012
+        background.submit(fail)
+        assert background.pending is not None
+        background.pending.exception()
+        assert [str(error) for error in told] == ["the local copy is kept in x"]
+        background.submit(lambda: done.append(2))
+    assert done == [2]
+    with Background() as background:
+        background.submit(fail)
+        background.wait()
+        background.forgive()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_useless_weights_end_training_at_the_next_one(wrapped: bool) -> None:
+    def find() -> None:
+        try:
+            raise UselessWeights("weight holds NaN")
+        except UselessWeights as error:
+            if wrapped:
+                raise LlmftError(f"not published: {error}") from error
+            raise
+
+    background = Background()
+    background.submit(find)
+    with pytest.raises(LlmftError, match="weight holds NaN"):
+        background.submit(find)
 
 
 def test_an_error_in_training_carries_that_of_the_last_upload() -> None:

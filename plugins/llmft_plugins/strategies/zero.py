@@ -235,7 +235,7 @@ class ZeroEngine(Engine):
                     yield name, kind, start, values
 
     def counters(self) -> dict[str, float]:
-        steps = max((float(kept["step"]) for kept in self._zero.optimizer.state.values()), default=0.0)
+        steps = max((float(kept.get("step", 0.0)) for kept in self._zero.optimizer.state.values()), default=0.0)
         scaler = self._zero.loss_scaler
         remembered = SCALER if self.placement.precision == "fp16" else ()
         return {"optimizer_steps": steps, **{f"scaler.{field}": float(getattr(scaler, field)) for field in remembered}}

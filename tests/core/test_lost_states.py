@@ -1,0 +1,31 @@
+"""A state that cannot be published takes no run down: it is told when it happens, and the next one is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lost_states import take_two
+from ranks import on_ranks
+from resuming import VOCABULARY, Case
+from tables import tiny_llama
+
+
+@pytest.mark.parametrize("spoilt", ["store", "disk"])
+def test_training_goes_on_and_the_next_state_is_complete(spoilt: str, tmp_path: Path) -> None:
+    base, run = tiny_llama(tmp_path / "base", VOCABULARY), tmp_path / "run"
+    case = Case("zero-2", "fp32", str(base), 2, str(run), 0)
+    first, other = on_ranks(2, take_two, case, spoilt, tmp_path / "cache")
+    assert first["told"] == [("unpublished", "state_00000")], "while nothing else happened"
+    assert other["told"] == []
+    (text,) = [event["text"] for event in first["events"] if event["kind"] == "unpublished"]
+    assert "\n" not in text
+    assert text.endswith("; training goes on, and the next state is taken as if nothing had happened")
+    if spoilt == "disk":
+        assert "state_00000 could not be written to " in text, "rank 0 heard of it"
+        assert "set LLMFT_CACHE to a larger disk" in text
+    assert "local copy" not in text
+    assert [event["name"] for event in first["events"] if event["kind"] == "state"] == ["state_00001"]
+    assert (run / "state_00001" / ".is_state").is_file()
+    assert not (run / "state_00000" / ".is_state").exists()
+    assert list((tmp_path / "cache" / "staging").iterdir()) == [], "half a state is of no use to anybody"
