@@ -77,17 +77,17 @@ def machine_problems(plan: RunPlan, catalog: Catalog) -> list[Problem]:
     ]
 
 
-def disk_problems(checkpoint_bytes: int) -> list[Problem]:
-    """Whether this machine's cache has room for one staged checkpoint."""
+def disk_problems(staged_bytes: int) -> list[Problem]:
+    """Whether this machine's cache has room for what is staged there at once."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    if free >= 2 * checkpoint_bytes:
+    if free >= staged_bytes:
         return []
     return [
         Problem(
             "LLMFT_CACHE",
-            f"{folder} has {free / 1e9:.1f} GB free; staging a checkpoint needs {2 * checkpoint_bytes / 1e9:.1f} GB: "
+            f"{folder} has {free / 1e9:.1f} GB free; staging checkpoints and states needs {staged_bytes / 1e9:.1f} GB: "
             "set LLMFT_CACHE to a larger disk",
         )
     ]
@@ -110,7 +110,7 @@ def compiler_problems(device: Device) -> list[Problem]:
     ]
 
 
-def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int) -> list[str]:
+def node_problems(plan_json: Mapping[str, Any], seen: str, staged_bytes: int) -> list[str]:
     """Runs on a node: what of the plan its own plugins cannot do, what it lacks for them or to compile, whether it sees
     a file (`seen`, or nothing), and whether its cache has room for a checkpoint: any node may get rank 0."""
     plan = RunPlan.from_json(plan_json)
@@ -125,7 +125,7 @@ def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int
             problems.append(str(error))
     if not problems:
         problems += map(str, machine_problems(plan, catalog))
-    problems += [str(problem) for problem in disk_problems(checkpoint_bytes)]
+    problems += [str(problem) for problem in disk_problems(staged_bytes)]
     if plan.compile:
         problems += map(str, compiler_problems("cuda" if plan.gpus_per_worker else "cpu"))
     if seen and not Path(seen).exists():
@@ -136,7 +136,7 @@ def node_problems(plan_json: Mapping[str, Any], seen: str, checkpoint_bytes: int
     return problems
 
 
-def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, checkpoint_bytes: int) -> list[Problem]:
+def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, staged_bytes: int) -> list[Problem]:
     """Ask every node, by its host name: are the plan's plugins, what these need, and the room for a checkpoint there,
     and is a local storage root really shared?
 
@@ -151,7 +151,7 @@ def cluster_problems(plan: RunPlan, places: Places, cluster: Cluster, checkpoint
         write_bytes(flag, b"written by the driver to see whether all nodes share this folder\n")
     try:
         found: dict[Node, list[str]] = on_each_node(
-            cluster, node_problems, plan.to_json(), flag.path if flag is not None else "", checkpoint_bytes
+            cluster, node_problems, plan.to_json(), flag.path if flag is not None else "", staged_bytes
         )
     finally:
         if flag is not None:

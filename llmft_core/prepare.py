@@ -71,6 +71,11 @@ class Ready:
         """Bytes of the weights of one checkpoint."""
         return checkpoint_bytes(self.plan, self.size, self.share)
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that one node's cache must have room for beside weights and data."""
+        return staged_bytes(self.plan, self.size, self.share, self.cluster, self.placement)
+
 
 def make_ready(
     plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None], resumed: bool = False
@@ -111,7 +116,7 @@ def make_ready(
         if share is not None:
             shares.append(share)
             if cluster.address in ("", "local"):  # as above
-                found += disk_problems(checkpoint_bytes(plan, size, share))
+                found += disk_problems(staged_bytes(plan, size, share, cluster, placed[1]))
         return found
 
     material = _attempt(lambda: prepare_data(plan, catalog, places, say=say, check=model_problems), "", problems)
@@ -157,6 +162,15 @@ def checkpoint_bytes(plan: RunPlan, size: ModelSize, share: Share) -> int:
     if share.adapter:
         return share.trained * BYTES_OF["fp32"]
     return size.parameters * BYTES_OF[written_type(plan)]
+
+
+def staged_bytes(plan: RunPlan, size: ModelSize, share: Share, cluster: Cluster, placement: Placement) -> int:
+    """Bytes that may lie in the cache of one node while they are uploaded: two checkpoints, and what its ranks hold of
+    a state (master weights and two moments, in fp32)."""
+    state = 3 * BYTES_OF["fp32"] * share.trained if plan.state.every_steps or plan.state.every_minutes else 0
+    together = max(node.gpus if placement.device == "cuda" else node.cpus for node in cluster.nodes)
+    here = min(placement.world_size, max(1, together))  # ranks of one node, at most
+    return 2 * checkpoint_bytes(plan, size, share) + state * here // placement.world_size
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:

@@ -49,13 +49,14 @@ def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | 
     resumed = point is not None
     with own_ray(plan, debug=debug), Stop() as stop:
         ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
+        stop.stateless = ready.catalog.create("strategy", ready.plan.strategy or {}).state_problem()
         if point is not None:
             check_inputs(point, ready.job.provenance, ready.job.total_steps)
         view = LiveView(ready.job.total_steps, ready.job.epochs)
         show_head(ready, view)
         view.phase("starting" if ready.cluster.address == "" else "starting workers")
         cluster = start(ready.cluster, ready.placement.world_size, debug=debug)
-        problems = cluster_problems(ready.plan, ready.places, cluster, ready.checkpoint_bytes)
+        problems = cluster_problems(ready.plan, ready.places, cluster, ready.staged_bytes)
         if problems:
             raise Problems(problems)
         job, folders = stage(ready, cluster, view)
@@ -130,14 +131,12 @@ def joining_of(ready: Ready, target: Place) -> Joining:
     keys = keys_of(ready.job)
     # The description of the run lies there already: a node that does not see it has another folder than the driver.
     seen = "" if target.backend.shared_by_nodes() else (target / DESCRIPTION).path
-    return Joining(partial(prepare_node, ready.plan.to_json(), keys, seen, ready.checkpoint_bytes), list(keys.values()))
+    return Joining(partial(prepare_node, ready.plan.to_json(), keys, seen, ready.staged_bytes), list(keys.values()))
 
 
-def prepare_node(
-    plan_json: Mapping[str, Any], keys: Mapping[str, str], seen: str, checkpoint_bytes: int
-) -> dict[str, str]:
+def prepare_node(plan_json: Mapping[str, Any], keys: Mapping[str, str], seen: str, staged_bytes: int) -> dict[str, str]:
     """Runs on a node that joined. Raises LlmftError."""
-    problems = node_problems(plan_json, seen, checkpoint_bytes)
+    problems = node_problems(plan_json, seen, staged_bytes)
     if problems:
         raise LlmftError(f"this node joined later, and cannot train: {'; '.join(problems)}")
     return stage_on_node(plan_json, keys)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llmft_core.errors import LlmftError
@@ -49,15 +50,22 @@ class Keeper:
 
     def copy(self) -> None:
         """Upload what changed since the last time. Raises LlmftError."""
+        try:
+            self._copy()
+        except OSError as error:  # of this machine's disks: storage says what is wrong with it itself
+            raise LlmftError(f"{self._folder}: {error}: free disk space, or set LLMFT_CACHE and TMPDIR") from error
+
+    def _copy(self) -> None:
         changed: dict[Path, tuple[int, int]] = {}
-        for path in sorted(self._folder.rglob("*")):
-            if path.is_file() and self._sent.get(path) != (state := _state(path)):
-                changed[path] = state
         with tempfile.TemporaryDirectory(prefix="llmft-metrics-") as scratch:
             files = []
-            for number, path in enumerate(changed):  # a copy, because a tracker may write on while it is sent
-                files.append((Path(scratch) / str(number), self._target / path.relative_to(self._folder).as_posix()))
-                shutil.copyfile(path, files[-1][0])
+            for number, path in enumerate(sorted(self._folder.rglob("*"))):
+                copied = Path(scratch) / str(number)  # because a tracker may write on while it is sent
+                with suppress(FileNotFoundError):  # or remove it: a temporary file of its own
+                    if path.is_file() and self._sent.get(path) != (state := _state(path)):
+                        shutil.copyfile(path, copied)
+                        files.append((copied, self._target / path.relative_to(self._folder).as_posix()))
+                        changed[path] = state
             upload_many(files)
         self._sent |= changed
 

@@ -79,7 +79,7 @@ class Watch:
             self._leaving = event["nodes"]
             seconds = event["seconds"]
             when = f" in {words.duration(seconds)}" if seconds is not None else ""
-            self._pass_on({"kind": "warning", "text": f"{self.taken()}{when}: saving a state after this step"})
+            self._pass_on({"kind": "warning", "text": f"{self.taken()}{when}: {self._stop.ending}"})
         elif event["kind"] == "failed":
             self._stop.training = False
             self._failed_at, self._patience = time.monotonic(), PATIENCE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from llmft_core.checkpoint.adapter import AdapterStart
@@ -28,6 +26,7 @@ from llmft_core.report import words
 from llmft_core.storage.places import Place
 from llmft_core.train.job import Job, Reporter
 from llmft_core.train.loop import summary_of
+from llmft_core.train.memory_room import has_room
 from llmft_core.weights.cache import cache_folder
 
 
@@ -148,9 +147,3 @@ def published_before(run: Place) -> list[Published]:
     """The complete checkpoints of a run that is resumed, in order."""
     found = [one for one in list_checkpoints(run) if one.complete]
     return [Published(one.place, read_manifest(one.place).get("metrics", {})) for one in found]
-
-
-def has_room(size: int) -> bool:
-    """Whether every rank of this node may take so many bytes of its memory, with a quarter of what is free left."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return size * ranks <= 0.75 * psutil.virtual_memory().available

@@ -28,7 +28,7 @@ from llmft_core.extensions import Engine
 from llmft_core.report import words
 from llmft_core.storage.places import Place
 from llmft_core.train.job import Job, Reporter
-from llmft_core.train.saver import has_room
+from llmft_core.train.memory_room import has_room
 from llmft_core.weights.cache import cache_folder
 
 Written = tuple[Staging, dict[str, dict[str, int]]]

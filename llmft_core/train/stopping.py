@@ -30,6 +30,8 @@ class Stop:
     def __init__(self) -> None:
         self.training = False
         """Whether there are ranks that can save a state: since their first step, until one of them is lost."""
+        self.stateless = ""
+        """Why the run's strategy can take no state, where it cannot."""
         self._asked_by = 0  # the first signal
         self._no_state = False
         # `put` may interrupt itself; the locks of Event and of a console may not.
@@ -94,7 +96,7 @@ class Stop:
                 what, again = (
                     ("stopping", "press Ctrl-C again") if number == signal.SIGINT else ("SIGTERM", "send it once more")
                 )
-                announce(f"{what}: saving a state after this step; {again} to stop at once")
+                announce(f"{what}: {self.ending}; {again} to stop at once")
 
         thread = threading.Thread(target=wait, name="llmft-stop", daemon=True)
         thread.start()
@@ -105,6 +107,13 @@ class Stop:
             self._abort = None
             self._news.put(0)
             thread.join()
+
+    @property
+    def ending(self) -> str:
+        """What a run does that is asked to end."""
+        if self.stateless:
+            return f"ending after this step, without a state to go on from ({self.stateless})"
+        return "saving a state after this step"
 
     def interrupted(self, told: str) -> Interrupted:
         """How the run ends. `told`: after which step, and how to go on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 from pathlib import Path
 
@@ -78,3 +80,34 @@ def test_a_storage_that_fails_is_one_warning_and_loses_nothing(tmp_path: Path) -
     assert [text.split(":")[0] for text in said] == ["metrics are not being uploaded", "metrics were not uploaded"]
     assert str(folder) in said[-1]
     assert (folder / "a").exists()
+
+
+def test_a_file_that_goes_meanwhile_and_a_full_disk_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = tmp_path / "local", tmp_path / "store"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    (folder / "b").write_text("1")
+    copyfile, said = shutil.copyfile, list[str]()
+
+    def vanishing(source: Path, copy: Path) -> None:
+        if source.name == "a":
+            source.unlink()
+        copyfile(source, copy)
+
+    monkeypatch.setattr(shutil, "copyfile", vanishing)
+    keeper = Keeper(folder, place(target), said.append)
+    keeper.copy()
+    assert [path.name for path in target.iterdir()] == ["b"]
+
+    def full(source: Path, copy: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (folder / "b").write_text("22")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with keeper:
+        pass
+    assert (folder / "b").read_text() == "22"
+    (warning,) = said
+    assert warning.startswith(f"metrics were not uploaded: {folder}: [Errno 28] No space left on device: free disk")

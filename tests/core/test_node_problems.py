@@ -10,8 +10,12 @@ import pytest
 from llmft_core import Device, Options, Placement, Problem, Problems, Strategy, hookimpl
 from llmft_core.catalog import Catalog
 from llmft_core.loading import load_plugins
+from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import Layer, resolve
-from llmft_core.prepare import make_ready
+from llmft_core.prepare import make_ready, staged_bytes
+from llmft_core.train.cluster import Cluster, Node
+from llmft_core.train.method import Share
+from llmft_core.values import ModelSize
 
 
 class Picky(Strategy):
@@ -46,3 +50,22 @@ def test_a_run_on_this_machine_is_refused_together_with_the_rest(
     assert said[0] == "strategy: picky needs a cpu of gold"
     assert said[1].startswith("context-length: 9999 tokens")
     assert list(tmp_path.rglob("plan.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "state", "needed"),
+    [
+        ((8,), {}, 2 * 14 + 84),
+        ((8, 8), {}, 2 * 14 + 42),  # bytes a parameter: two checkpoints in bf16, and half of masters and moments
+        ((8, 8), {"every-minutes": 0, "every-steps": 100}, 2 * 14 + 42),
+        ((8, 8), {"every-minutes": 0}, 2 * 14),
+    ],
+)
+def test_a_nodes_cache_has_room_for_its_part_of_a_state_too(
+    gpus: tuple[int, ...], state: dict[str, int], needed: int
+) -> None:
+    plan = RunPlan.from_json({"precision": "bf16", "state": state})
+    cluster = Cluster("", tuple(Node(str(number), "host", 96, count) for number, count in enumerate(gpus)))
+    size, share = ModelSize(7 * 10**9, 0), Share(7 * 10**9, adapter=False)
+    placement = Placement(sum(gpus), "cuda", "bf16", 1, 1, 1.0)
+    assert staged_bytes(plan, size, share, cluster, placement) == needed * 10**9
