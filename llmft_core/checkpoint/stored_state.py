@@ -31,7 +31,7 @@ def list_states(run: Place) -> dict[int, bool]:
     found: dict[int, bool] = {}
     for path in list_files(run):
         folder, _, file = path.partition("/")
-        if match := NAME.fullmatch(folder):
+        if file and (match := NAME.fullmatch(folder)):
             number = int(match[1])
             found[number] = found.get(number, False) or file == MARKER
     return found

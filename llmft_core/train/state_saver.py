@@ -116,8 +116,19 @@ class StateSaver:
         seconds = time.perf_counter() - started
         told = {"name": name, "uri": place.uri, "step": step, "seconds": seconds, "bytes": size}
         self.reporter.send({"kind": "state", **told})
-        complete = sorted(number for number, whole in list_states(self.run).items() if whole)
-        for number in complete[: -self.job.plan.state.keep_last]:
+        try:
+            self._remove_older()
+        except LlmftError as error:
+            text = f"{name} is complete, but a state that it replaces could not be removed: {one_line(error)}"
+            self.reporter.send({"kind": "warning", "text": text})
+
+    def _remove_older(self) -> None:
+        """Complete states beyond those that are kept, and what there is of lost ones: every rank has sent its part of
+        the newest one, and so has done with those before. Raises LlmftError."""
+        states = list_states(self.run)
+        complete = sorted(number for number, whole in states.items() if whole)
+        lost = [number for number, whole in states.items() if not whole and number < complete[-1]]
+        for number in [*complete[: -self.job.plan.state.keep_last], *lost]:
             remove_state(self.run / f"state_{number:05d}")
 
     def _failed(self, error: Exception) -> None:
