@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from background import background_run
 from command import llmft
+from hold import Hold
 from nodes import Nodes, no_nodes_yet, ray_head
+from running import Running
 
 RUN = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8", "--epochs", "6"]
 RUN += ["--checkpoint.every-epochs", "0", "--strategy", "zero-2", "--state.every-steps", "2", "--max-failures", "1"]
@@ -40,13 +40,14 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.timeout(1500)
 def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
     nodes.add("stays")
     goes = nodes.add("goes")
-    with background_run(*run_of(nodes, "1:2", "shrinks"), folder=tmp_path) as running:
+    with Running(tmp_path, *run_of(nodes, "1:2", "shrinks")) as running:
         running.wait_for("state_00001 complete")
         nodes.lose(goes)
-        assert running.ended() == 0, running.text
+        assert running.end() == 0, running.text
     text = running.text
     assert "2 of 1:2 on CPU" in text
     # What is heard first: of the rank, of its node, or of the other rank's collective.
@@ -60,17 +61,18 @@ def test_a_lost_node_leaves_fewer_workers(nodes: Nodes, tmp_path: Path) -> None:
     assert (run / "checkpoint_00000" / ".is_checkpoint").is_file()
 
 
+@pytest.mark.timeout(1500)
 def test_a_node_that_joins_replaces_a_lost_one(nodes: Nodes, tmp_path: Path) -> None:
     nodes.add("first")
     second = nodes.add("second")
     straight = llmft(*run_of(nodes, "2", "straight"), folder=tmp_path)
     assert straight.code == 0, straight.err
-    with background_run(*run_of(nodes, "2", "replaced"), folder=tmp_path) as running:
+    with Running(tmp_path, *run_of(nodes, "2", "replaced")) as running:
         running.wait_for("state_00001 complete")
         nodes.lose(second)
         running.wait_for("its node was lost")
         nodes.add("third")
-        assert running.ended() == 0, running.text
+        assert running.end() == 0, running.text
     assert "… a node joined: it gets the prepared data and the weights" in running.text
     assert "instead of" not in running.text
     for wanted in ("built/*/model.safetensors", "data/*/train/ids.npy", "tokenizers/*/tokenizer.json"):
@@ -87,7 +89,7 @@ def test_a_node_that_joins_replaces_a_lost_one(nodes: Nodes, tmp_path: Path) -> 
 def test_a_node_that_joins_is_used_where_workers_start_anyway(nodes: Nodes, tmp_path: Path) -> None:
     nodes.add("first")
     flags = ["--epochs", "30", "--max-failures", "9"]
-    with background_run(*run_of(nodes, "1:2", "grows"), *flags, folder=tmp_path) as running:
+    with Running(tmp_path, *run_of(nodes, "1:2", "grows"), *flags) as running:
         running.wait_for("state_00000 complete")
         nodes.add("second")
         kills = 0
@@ -100,26 +102,40 @@ def test_a_node_that_joins_is_used_where_workers_start_anyway(nodes: Nodes, tmp_
                 lambda text, kills=kills: " complete: " in "".join(text.split("were started again and go on")[kills:]),
                 "a state after the restart",
             )
-        assert running.ended() == 0, running.text
+        assert running.end() == 0, running.text
     assert "… a node joined: it gets the prepared data and the weights" in running.text
     assert len(list((nodes.caches / "second").glob("built/*/model.safetensors"))) == 1
     assert steps_logged(tmp_path / "llmft-runs" / "runs" / "grows") == list(range(1, 5 * STEPS + 1))
 
 
+@pytest.mark.timeout(1500)
 def test_a_worker_that_the_memory_monitor_kills_is_said_to_be_one(nodes: Nodes, tmp_path: Path) -> None:
-    """Ray's own monitor, with a limit 3 GB above what this machine uses now; this test takes them."""
+    """Ray's own monitor, with a limit 3 GB above what this machine uses now; this test takes them while the rank stands
+    still."""
     memory = psutil.virtual_memory()
     limit = (memory.total - memory.available + 3 * 2**30) / memory.total
-    nodes.add("small", RAY_memory_usage_threshold=str(limit), RAY_memory_monitor_refresh_ms="100")
-    # More than one, because others on this machine may take memory too.
-    with background_run(*run_of(nodes, "1", "fat"), "--max-failures", "3", folder=tmp_path) as running:
+    assert limit < 1, "this machine has not the 3 GB of memory that this test takes"
+    hold = Hold(tmp_path, in_pass=6)  # a pass a step: state_00001 is of the fourth
+    of_ray = {"RAY_memory_usage_threshold": str(limit), "RAY_memory_monitor_refresh_ms": "100"}
+    nodes.add("small", **of_ray, **hold.environment)
+    # More than one failure, because others on this machine may take memory too.
+    command = [*run_of(nodes, "1", "fat"), *hold.flags, "--max-failures", "3"]
+    with Running(tmp_path, *command, environment=hold.environment) as running:
+        hold.wait(running)
         running.wait_for("state_00001 complete")
-        taken = []
-        while "out of memory" not in running.text and running.process.poll() is None and len(taken) < 32:
-            taken.append(b"x" * 2**28)
-            time.sleep(0.3)
+        taken: list[bytes] = []
+
+        def is_said(text: str) -> bool:
+            """Takes another piece for as long as the limit is not passed, whatever others take or give back."""
+            now = psutil.virtual_memory()
+            if now.total - now.available < limit * now.total + 2**28:
+                taken.append(b"x" * 2**26)
+            return "out of memory" in text
+
+        running.wait_until(is_said, "word of the memory monitor")
         taken.clear()
-        assert running.ended() == 0, running.text
+        hold.release()
+        assert running.end() == 0, running.text
     assert re.search(
         r"^warning: rank 0 on \S+: Ray's memory monitor killed the process: its machine was out of memory: lower "
         r"--micro-batch or .*; `llmft resume \S+fat` goes on from state_\d+$",

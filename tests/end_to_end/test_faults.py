@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from background import BackgroundRun, background_run
 from command import llmft
+from hold import Hold
+from running import Running
 
 RUN = ["--workers", "2", "--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8"]
 RUN += ["--strategy", "zero-2", "--state.every-steps", "2"]
@@ -25,17 +26,21 @@ def losses(runs: Path, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in map(json.loads, lines)]
 
 
+@pytest.mark.timeout(1500)
 def test_killed_workers_are_started_again_and_nothing_is_different(tmp_path: Path) -> None:
     flags = [*RUN, "--epochs", "6", "--checkpoint.every-epochs", "1"]
     straight = llmft("run", *flags, "--name", "straight", folder=tmp_path)
     assert straight.code == 0, straight.err
-    with background_run("run", *flags, "--name", "killed", "--max-failures", "3", folder=tmp_path) as running:
-        running.wait_for("loading the model")
+    hold = Hold(tmp_path, in_pass=0)
+    command = ["run", *flags, *hold.flags, "--name", "killed", "--max-failures", "3"]
+    with Running(tmp_path, *command, environment=hold.environment) as running:
+        hold.wait(running)
         running.workers()[0].kill()
+        hold.release()
         for number in range(2):
-            running.wait_for(f"state_{3 * number + 1:05d} complete")
+            running.wait_until(lambda text, number=number: states(after_restarts(text, number + 1)) > 1, "two states")
             running.workers()[number].kill()
-        assert running.ended() == 0, running.text
+        assert running.end() == 0, running.text
     text = running.text
     died = r"^warning: rank \d on \S+: the process was killed or its machine is gone; "
     assert len(re.findall(rf"{died}no checkpoint was complete yet$", text, re.M)) == 1
@@ -59,28 +64,29 @@ def test_after_ten_kills_at_random_the_weights_are_those_of_a_run_that_nobody_di
     assert straight.code == 0, straight.err
     chance = random.Random(5)
     arguments = ["run", *flags, "--name", "killed", "--max-failures", str(KILLS)]
-    with background_run(*arguments, folder=tmp_path) as running:
+    with Running(tmp_path, *arguments) as running:
         for number in range(KILLS):
-            states = chance.randint(0, 6)  # 0: it is not even known whether the first step was done
-            wait_for_times(running, r"^… loading the model$", number + 1)
-            wait_for_times(running, r"^state_\d+ complete", states + times(running, r"^state_\d+ complete"))
+            more = chance.randint(0, 6)  # 0: it is not even known whether the first step was done
+            running.wait_until(lambda text, n=number: times(text, r"^… loading the model$") > n, "start of the ranks")
+            wanted = states(running.text) + more
+            running.wait_until(lambda text, wanted=wanted: states(text) >= wanted, f"{more} states")
             time.sleep(chance.uniform(0, 0.5))
             chance.choice(running.workers()).kill()
-        assert running.ended() == 0, running.text
-    assert times(running, r"^warning: .* go on after optimizer step \d+: ") == KILLS
+        assert running.end() == 0, running.text
+    assert times(running.text, r"^warning: .* go on after optimizer step \d+: ") == KILLS
     runs = tmp_path / "llmft-runs" / "runs"
     assert last_weights(runs, "straight") == last_weights(runs, "killed")
     assert losses(runs, "straight") == losses(runs, "killed")
 
 
-def times(running: BackgroundRun, line: str) -> int:
-    return len(re.findall(line, running.text, re.M))
+def times(text: str, line: str) -> int:
+    return len(re.findall(line, text, re.M))
 
 
-def wait_for_times(running: BackgroundRun, line: str, wanted: int) -> None:
-    """Until the run has said such a line so often."""
-    deadline = time.monotonic() + 300
-    while times(running, line) < wanted:
-        assert running.process.poll() is None, running.text
-        assert time.monotonic() < deadline, running.text
-        time.sleep(0.02)
+def states(text: str) -> int:
+    return times(text, r"^state_\d+ complete")
+
+
+def after_restarts(text: str, number: int) -> str:
+    """What was said since the ranks were started again for that time."""
+    return "".join(text.split("were started again and go on")[number:])

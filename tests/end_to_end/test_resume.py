@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from command import Answer, llmft, llmft_path
+from command import Answer, llmft
+from running import Running
 from servers import S3Server
 
 from llmft_core.verify_resume import Verdict
@@ -23,22 +20,10 @@ RUN += ["--state.every-steps", "3", "--checkpoint.every-steps", "4", "--workers"
 
 def killed_after_a_state(folder: Path, flags: list[str], environment: dict[str, str]) -> None:
     """Starts a run, and kills it with SIGKILL once its first state is complete."""
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [llmft_path(), "run", *flags],
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
-    deadline = time.monotonic() + 240
-    while "state_00000 complete" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Running(folder, "run", *flags, environment=environment) as running:
+        running.wait_for("state_00000 complete")
+        running.process.kill()
+        running.process.wait()
 
 
 def last_weights(run: Path) -> bytes:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from command import llmft
 from fault_proxy import fault_proxy
-from running import Running
+from hold import Hold
+from running import Running, orphans_adopted
 from servers import S3Server
 
-STEPS = 12
-# A step takes about a second of an idle machine, as long as rank 0 needs to be told.
-SHORT = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "16", "--max-steps", str(STEPS)]
+STEPS = 6
+# A step is one forward pass of each rank; the epoch ends within them.
+SHORT = ["--dataset.rows", "32", "--dataset.test-rows", "8", "--global-batch", "8", "--max-steps", str(STEPS)]
 # A step takes seconds.
 LONG = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "64", "--epochs", "1000"]
 NEVER = ["--checkpoint.every-epochs", "0", "--state.every-minutes", "0"]
@@ -33,6 +34,12 @@ SAID = {
 }
 
 Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _orphans_adopted() -> Iterator[None]:
+    with orphans_adopted():
+        yield
 
 
 @pytest.fixture
@@ -56,7 +63,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str
     @cache
     def run(workers: tuple[str, ...]) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed")
-        answer = llmft("run", *SHORT, *NEVER, *workers, "--name", "straight", folder=folder)
+        hold = Hold(folder, in_pass=0)
+        hold.release()  # it is the same plan
+        command = ["run", *SHORT, *NEVER, *workers, *hold.flags, "--name", "straight"]
+        answer = llmft(*command, folder=folder, environment=hold.environment)
         assert answer.code == 0, answer.err
         return folder / "llmft-runs" / "runs" / "straight"
 
@@ -91,6 +101,7 @@ def last_weights(run: Path) -> bytes:
         pytest.param(ON_RAY, signal.SIGTERM, id="sigterm-on-ray"),
     ],
 )
+@pytest.mark.timeout(1500)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     workers: tuple[str, ...],
     sent: signal.Signals,
@@ -99,25 +110,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     straight = undisturbed(workers)
-    running = start(*SHORT, *NEVER, *workers, "--name", "stopped")
+    hold = Hold(tmp_path, in_pass=1, until_told=True)
+    running = start(*SHORT, *NEVER, *workers, *hold.flags, "--name", "stopped", **hold.environment)
+    hold.wait(running)
     running.wait_for("step 1/")
     send(sent, running)
+    running.wait_for(SAID[sent])
+    hold.release()
     assert running.end() == CODES[sent], running.text
     assert running.text.count(SAID[sent]) == 1
-    (step,) = re.findall(
-        rf"llmft: interrupted: stopped by {NAMES[sent]} after optimizer step (\d+) of {STEPS}: "
+    assert re.search(
+        rf"llmft: interrupted: stopped by {NAMES[sent]} after optimizer step 2 of {STEPS}: "
         r"`llmft resume \S+/stopped` goes on from state_00000",
         running.text,
-    )
+    ), running.text
     assert "Traceback" not in running.text
     run = tmp_path / "llmft-runs" / "runs" / "stopped"
     assert (run / "state_00000" / ".is_state").is_file()
-    assert json.loads((run / "state_00000" / "progress.json").read_text())["step"] == int(step) < STEPS
+    assert json.loads((run / "state_00000" / "progress.json").read_text())["step"] == 2
     assert not list(run.rglob("manifest.part-*"))
     assert not (run / "lease.json").exists()
-    assert losses(run)[-1][0] == int(step), "the step is done and told before the run ends"
+    assert losses(run)[-1][0] == 2, "the step is done and told before the run ends"
 
-    resumed = llmft("resume", "llmft-runs/runs/stopped", folder=tmp_path)
+    resumed = llmft("resume", "llmft-runs/runs/stopped", folder=tmp_path, environment=hold.environment)
     assert resumed.code == 0, resumed.err
     assert losses(run) == losses(straight)
     assert last_weights(run) == last_weights(straight)
@@ -129,8 +144,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     ids=["ctrl-c-here", "ctrl-c-on-ray", "sigterm-on-ray"],
 )
 def test_twice_stops_at_once(workers: str, sent: signal.Signals, start: Start, tmp_path: Path) -> None:
-    """The run's processes are gone when it ends: see `Running.end`."""
-    running = start(*LONG, *NEVER, "--workers", workers, "--name", "x")
+    """In the middle of a step that would never end. The run's processes are gone when it ends: see `Running.end`."""
+    hold = Hold(tmp_path, in_pass=1)
+    running = start(*SHORT, *NEVER, "--workers", workers, *hold.flags, "--name", "x", **hold.environment)
+    hold.wait(running)
     running.wait_for("step 1/")
     send(sent, running)
     running.wait_for(SAID[sent])
@@ -141,11 +158,14 @@ def test_twice_stops_at_once(workers: str, sent: signal.Signals, start: Start, t
     run = tmp_path / "llmft-runs" / "runs" / "x"
     assert not (run / "lease.json").exists()
     assert not list(run.rglob(".is_checkpoint"))
+    assert not list(run.rglob(".is_state"))
+    assert "goes on from state_" not in running.text
 
 
 def test_before_the_first_step_once_stops_at_once(start: Start, tmp_path: Path) -> None:
-    running = start(*LONG, *NEVER, "--workers", "0", "--name", "x")
-    running.wait_for("loading the model")
+    hold = Hold(tmp_path, in_pass=0)
+    running = start(*SHORT, *NEVER, "--workers", "0", *hold.flags, "--name", "x", **hold.environment)
+    hold.wait(running)
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 143, running.text
     assert "llmft: interrupted: stopped by SIGTERM" in running.text

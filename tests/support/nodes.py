@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from running import command_of
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Nodes:
         """The processes of the ranks that it has now."""
         (raylet,) = [one.process.pid for one in node.all_processes["raylet"]]
         children = psutil.Process(raylet).children(recursive=True)
-        return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
+        return [process for process in children if "RayTrainWorker" in command_of(process)]
 
     def drain_one(self) -> None:
         """The node of a rank will be gone in two minutes, as the cloud says of a spot instance: what `ray drain-node`
