@@ -17,7 +17,8 @@ from llmft_core.storage.lease import NAME as LEASE
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
 from llmft_core.train.aside import FOLDER as ASIDE
-from llmft_core.train.job import Resume
+from llmft_core.train.job import Job, Resume
+from llmft_core.values import fitting_micro_batch
 
 DESCRIPTION = "plan.json"
 HARMLESS = (
@@ -41,7 +42,9 @@ HARMLESS = (
     "max-failures",
     "step-timeout",
 )
-"""What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
+"""What may change where a run goes on: none of it is in the mathematics of a step, but for rounding.
+Where there is dropout, other micro-batches draw other numbers: they stay as they were where they can, and
+`other_numbers` says where they do not."""
 
 
 UNDECIDED = ("epochs", "lr", "precision")
@@ -67,6 +70,12 @@ class Point:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.state.progress.step if self.state is not None else 0
+
+    @property
+    def latest_plan(self) -> dict[str, Any]:
+        """The plan under which the state was written, which a resumed run may have changed."""
+        plan: dict[str, Any] = self.plan if self.state is None else self.state.manifest["provenance"]["plan"]
+        return plan
 
 
 def find_point(place: Place) -> Point:
@@ -154,6 +163,25 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
         problems.append(Problem("max-steps", f"the run has done {done} of {total_steps} optimizer steps: none is left"))
     if problems:
         raise Problems(problems, f"{point.run.uri} cannot go on:")
+
+
+def other_numbers(point: Point, job: Job) -> str:
+    """What has to be said where the run has dropout, and draws other numbers for it than it would have drawn; or
+    nothing. They depend on the place of the micro-batch in the global batch, and on what draws them."""
+    if point.state is None or not job.dropout:
+        return ""
+    before = point.latest_plan
+    share = before["global-batch"] // point.state.manifest["world_size"]
+    rows, now = fitting_micro_batch(share, before["micro-batch"]), job.placement.micro_batch
+    reasons = {
+        f"micro-batches have {now} rows instead of {rows}": rows != now,
+        "GPUs do not draw as CPUs do": bool(before["gpus-per-worker"]) != bool(job.plan.gpus_per_worker),
+        "compiled blocks do not draw as others do": before.get("compile", False) != job.plan.compile,
+    }
+    if not any(reasons.values()):
+        return ""
+    why = " and ".join(reason for reason, holds in reasons.items() if holds)
+    return f"{why}: dropout draws other numbers from here on, so losses will not be those of the run as it was"
 
 
 def resume_at(point: Point) -> Resume:

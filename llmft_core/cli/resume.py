@@ -82,6 +82,5 @@ def resumed_plan(given: Given, saved: Mapping[str, Any]) -> RunPlan:
     if reached:
         data["storage"] = {**reached, **data.get("storage", {})}
         data["backends"] = backends
-    if "workers" in data and "micro-batch" not in data:  # the old one may not fit; it is chosen anew
-        data["micro-batch"] = None
+    data.setdefault("micro-batch", None)  # the old one where it fits: see `placing.place`
     return Given((*files, Layer("flags", data)), given.catalog, given.problems, given.parser, given.debug, False).plan()

@@ -1,0 +1,71 @@
+"""Where a run goes on: what is complete, what may change, and what is said where dropout draws other numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmft_core.catalog import Catalog
+from llmft_core.checkpoint.state import Progress
+from llmft_core.checkpoint.stored_state import StoredState
+from llmft_core.loading import load_plugins
+from llmft_core.plan import RunPlan
+from llmft_core.prepare import has_dropout
+from llmft_core.resume import Point, other_numbers
+from llmft_core.storage.places import Place, Places
+from llmft_core.train.job import Job
+from llmft_core.values import Placement
+
+SETTINGS = {"workers": 4, "global-batch": 32, "micro-batch": 8, "gpus-per-worker": 0, "name": "x"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Place:
+    """The folder of a run, without a state."""
+    return Places(Catalog(load_plugins()), None, {}).place(str(tmp_path / "runs" / "x"))
+
+
+def point_in(run: Place, *, world_size: int = 4, **changed: Any) -> Point:
+    """After the second of eight steps, of a plan with what was changed."""
+    plan = RunPlan.from_json({**SETTINGS, **changed}).to_json()
+    manifest = {"provenance": {"plan": plan}, "world_size": world_size}
+    state = StoredState(run / "state_00000", manifest, Progress(2, {}))
+    return Point(run, {"plan": plan, "total_steps": 8}, state)
+
+
+def job_with(micro_batch: int, *, dropout: bool = True, **changed: Any) -> Job:
+    plan = RunPlan.from_json({**SETTINGS, **changed})
+    return Job(
+        plan, Placement(8, "cpu", "fp32", micro_batch, 1, 1.0), 8, (8,), 9, 0, (), {}, *(Path(),) * 3, dropout=dropout
+    )
+
+
+def test_it_is_said_where_dropout_draws_other_numbers(run: Place) -> None:
+    after = ": dropout draws other numbers from here on, so losses will not be those of the run as it was"
+    point = point_in(run)
+    assert other_numbers(point, job_with(8)) == ""
+    assert other_numbers(point, job_with(4)) == f"micro-batches have 4 rows instead of 8{after}"
+    assert other_numbers(point, job_with(4, dropout=False)) == ""
+    assert other_numbers(replace(point, state=None), job_with(4)) == "", "it begins anew"
+    shrunk = point_in(run, world_size=16)  # there a worker's share was two rows
+    assert other_numbers(shrunk, job_with(2)) == ""
+    assert other_numbers(shrunk, job_with(8)).startswith("micro-batches have 8 rows instead of 2: ")
+    both = other_numbers(point, job_with(8, compile=True, **{"gpus-per-worker": 1}))
+    assert both == f"GPUs do not draw as CPUs do and compiled blocks do not draw as others do{after}"
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "expected"),
+    [
+        ({"name": "full"}, {"attention_dropout": 0.0, "dropped": True}, False),
+        ({"name": "full"}, {"resid_pdrop": 0.1}, True),
+        ({"name": "full"}, {"hidden_dropout": 0.1, "text_config": {"attention_dropout": 0}}, False),
+        ({"name": "lora"}, {"attention_dropout": 0.0}, False),
+        ({"name": "lora", "dropout": 0.1}, {}, True),
+    ],
+)
+def test_dropout_is_the_models_or_the_methods(method: dict[str, Any], config: dict[str, Any], expected: bool) -> None:
+    assert has_dropout(Catalog(load_plugins()).create("method", method), config) == expected
