@@ -41,8 +41,17 @@ HARMLESS = (
     "on-nonfinite",
     "max-failures",
     "step-timeout",
+    # An evaluation draws no random numbers and changes no weight.
+    "eval-every-steps",
+    # How rows are encoded, and limits past which a run does not start: what comes of it, tokens and labels, is held by
+    # `check_inputs` against those of the beginning.
+    "data.engine",
+    "data.processes",
+    "data.rehash",
+    "data.max-dropped",
+    "data.max-bad-rows",
 )
-"""What may change where a run goes on: none of it is in the mathematics of a step, but for rounding.
+"""What may change where a run goes on, with all below it: none of it is in the mathematics of a step, but for rounding.
 Where there is dropout, other micro-batches draw other numbers: they stay as they were where they can, and
 `other_numbers` says where they do not."""
 
@@ -132,8 +141,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [
         f"{path}: {json.dumps(old.get(path))}, now {json.dumps(new.get(path))}"
         for path in sorted({*old, *new})
-        if path.split(".")[0] not in HARMLESS and old.get(path) != new.get(path)
+        if not _is_harmless(path) and old.get(path) != new.get(path)
     ]
+
+
+def _is_harmless(path: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in HARMLESS)
 
 
 def _leaves(plan: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

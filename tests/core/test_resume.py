@@ -14,7 +14,7 @@ from llmft_core.checkpoint.stored_state import StoredState
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.prepare import has_dropout
-from llmft_core.resume import Point, other_numbers
+from llmft_core.resume import Point, changes, other_numbers
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job
 from llmft_core.values import Placement
@@ -34,6 +34,29 @@ def point_in(run: Place, *, world_size: int = 4, **changed: Any) -> Point:
     manifest = {"provenance": {"plan": plan}, "world_size": world_size}
     state = StoredState(run / "state_00000", manifest, Progress(2, {}))
     return Point(run, {"plan": plan, "total_steps": 8}, state)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data": {"engine": "ray", "processes": 3, "rehash": True, "max-dropped": 0.5, "max-bad-rows": 0.5}},
+        {"strategy": {"name": "zero-3", "offload-optimizer": "cpu"}, "micro-batch": 2, "eval-micro-batch": 1},
+        {"weights": {"share": True, "mirror": "m"}, "step-timeout": 1, "eval-every-steps": 3},
+    ],
+)
+def test_what_is_not_in_the_mathematics_of_a_step_may_change(changed: dict[str, Any]) -> None:
+    before = RunPlan.from_json(SETTINGS).to_json()
+    assert changes(before, RunPlan.from_json({**SETTINGS, **changed}).to_json()) == []
+
+
+def test_what_lies_beside_it_may_not() -> None:
+    before = RunPlan.from_json(SETTINGS).to_json()
+    other = {"packing": "best-fit", "on-long": "truncate", "processes": 2, "validation-fraction": 0.5}
+    assert changes(before, RunPlan.from_json({**SETTINGS, "data": other}).to_json()) == [
+        'data.on-long: "drop", now "truncate"',
+        'data.packing: "none", now "best-fit"',
+        "data.validation-fraction: 0.0, now 0.5",
+    ]
 
 
 def job_with(micro_batch: int, *, dropout: bool = True, **changed: Any) -> Job:
