@@ -68,6 +68,8 @@ class Point:
     described: Mapping[str, Any]
     state: StoredState | None
     """None: the run was begun and has no complete state; it begins anew in its folder."""
+    named: bool = False
+    """Whether the user asked for this very state, also of a run that is complete."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def find_point(place: Place) -> Point:
             f"{folder.uri} has no complete state to go on from: start it again under another --name, with "
             "--state.every-steps N or --state.every-minutes N"
         )
-    return Point(folder, described, open_state(state))
+    return Point(folder, described, open_state(state), named=folder is not place)
 
 
 def find_begun(run: Place) -> Point | None:
@@ -122,10 +124,13 @@ def read_description(run: Place) -> dict[str, Any]:
     return described
 
 
-def finished(point: Point) -> str:
-    """The complete checkpoint of the run's last optimizer step, or nothing."""
+def finished(point: Point, total_steps: int) -> str:
+    """The complete checkpoint of the run's last optimizer step, or nothing; nothing too where a state was named, from
+    which the rest is to be trained again."""
+    if point.named:
+        return ""
     for one in reversed(stored.list_checkpoints(point.run)):
-        if one.complete and stored.read_manifest(one.place).get("step", 0) >= point.described["total_steps"]:
+        if one.complete and stored.read_manifest(one.place).get("step", 0) >= total_steps:
             return one.place.uri
     return ""
 
@@ -171,9 +176,12 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
         for path, (was, now, what) in pairs.items()
         if was != now
     ]
-    if point.step >= total_steps:
-        done = point.step
-        problems.append(Problem("max-steps", f"the run has done {done} of {total_steps} optimizer steps: none is left"))
+    if point.step >= total_steps or finished(point, total_steps):
+        done = max(point.step, total_steps)
+        why = (
+            f"the run has done {done} of {total_steps} optimizer steps: give more, or name a state_NNNNN to go on from"
+        )
+        problems.append(Problem("max-steps", why))
     if problems:
         raise Problems(problems, f"{point.run.uri} cannot go on:")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,28 @@ import pytest
 from llmft_core.catalog import Catalog
 from llmft_core.checkpoint.state import Progress
 from llmft_core.checkpoint.stored_state import StoredState
+from llmft_core.errors import Problems
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.prepare import has_dropout
-from llmft_core.resume import Point, changes, other_numbers
+from llmft_core.resume import Point, changes, check_inputs, finished, other_numbers
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job
 from llmft_core.values import Placement
 
 SETTINGS = {"workers": 4, "global-batch": 32, "micro-batch": 8, "gpus-per-worker": 0, "name": "x"}
+SAME = {"data": {"content": "content"}, "model": "model", "tokenizer": "tokenizer"}
+
+
+def lay(folder: Path, marker: str, manifest: dict[str, Any]) -> None:
+    """A complete checkpoint or state of one small file."""
+    folder.mkdir(parents=True)
+    progress = json.dumps({"step": manifest["step"], "counters": {}}).encode()
+    (folder / "progress.json").write_bytes(progress)
+    files = {"progress.json": {"bytes": len(progress), "sha256": hashlib.sha256(progress).hexdigest()}}
+    text = json.dumps({"files": files, **manifest})
+    (folder / "manifest.json").write_text(text)
+    (folder / marker).write_text(json.dumps({"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
 @pytest.fixture
@@ -33,7 +48,24 @@ def point_in(run: Place, *, world_size: int = 4, **changed: Any) -> Point:
     plan = RunPlan.from_json({**SETTINGS, **changed}).to_json()
     manifest = {"provenance": {"plan": plan}, "world_size": world_size}
     state = StoredState(run / "state_00000", manifest, Progress(2, {}))
-    return Point(run, {"plan": plan, "total_steps": 8}, state)
+    return Point(run, {"plan": plan, "total_steps": 8, **SAME}, state)
+
+
+def test_a_run_with_the_checkpoint_of_its_last_step_is_complete(run: Place) -> None:
+    """For so many steps, and unless a state is named."""
+    point = point_in(run)
+    lay(Path(run.path) / "checkpoint_00000", ".is_checkpoint", {"step": 7})
+    assert finished(point, 8) == ""
+    check_inputs(point, SAME, 8)
+    lay(Path(run.path) / "checkpoint_00001", ".is_checkpoint", {"step": 8})
+    assert finished(point, 8) == (run / "checkpoint_00001").uri
+    with pytest.raises(Problems, match="max-steps: the run has done 8 of 8 optimizer steps: give more, or name"):
+        check_inputs(point, SAME, 8)
+    assert finished(point, 12) == ""
+    check_inputs(point, SAME, 12)
+    named = replace(point, named=True)
+    assert finished(named, 8) == ""
+    check_inputs(named, SAME, 8)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,6 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bytes(tmp_path: Path, s3_ser
     assert found == {step: expected[step] for step in found}
     assert set(range(7, STEPS + 1)) <= set(found)
     assert not (runs / "killed" / "lease.json").exists()
-    again = llmft("resume", "s3://bucket/resume/runs/killed", *reach, folder=tmp_path, environment=there)
-    assert again.code == 0, again.err
-    assert last_weights(runs / "killed") == weights
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +130,33 @@ def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(finished: Path
     assert (run / "notes" / "half.safetensors").is_file()
     assert set(complete) <= {path.name for path in run.iterdir()}
     assert (run / "metrics.jsonl").read_text().count("\n") == STEPS
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of the run, and the flag that says where it is now."""
+    shutil.copytree(finished / "llmft-runs", tmp_path / "copy")
+    return tmp_path / "copy" / "runs" / "x", ["--storage.root", str(tmp_path / "copy")]
+
+
+def test_a_complete_run_is_left_alone_unless_more_is_asked_of_it(
+    copied: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run, there = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = llmft("resume", str(run), *there, folder=tmp_path)
+    assert again.code == 0, again.err
+    (line,) = again.out.splitlines()
+    assert line.startswith("the run is complete: ")
+    assert "there is nothing left to do" in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    more = ("resume", str(run), *there, "--max-steps", str(STEPS + 2), "--epochs", "2", "--allow-changes")
+    further = llmft(*more, folder=tmp_path)
+    assert further.code == 0, further.err
+    assert sorted(losses((run / "metrics.jsonl").read_text())) == list(range(1, STEPS + 3))
+    done = llmft(*more, folder=tmp_path)
+    assert done.code == 2, done.out
+    assert f"max-steps: the run has done {STEPS + 2} of {STEPS + 2} optimizer steps: give more" in done.errors[-1]
 
 
 def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
