@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llmft_core.checkpoint.leftovers import next_numbers
 from llmft_core.checkpoint.stored_state import StoredState, newest_state, open_state
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.storage.lease import NAME as LEASE
+from llmft_core.storage.lease import Holder, wait_for_a_sign
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
 from llmft_core.train.aside import FOLDER as ASIDE
@@ -70,6 +71,8 @@ class Point:
     """None: the run was begun and has no complete state; it begins anew in its folder."""
     named: bool = False
     """Whether the user asked for this very state, also of a run that is complete."""
+    dead: Holder | None = None
+    """Whose lease on the run is to be taken over."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -112,6 +115,14 @@ def find_begun(run: Place) -> Point | None:
         return None
     state = newest_state(run)
     return Point(run, read_description(run), open_state(state) if state is not None else None)
+
+
+def once_abandoned(point: Point, say: Callable[[str], None]) -> Point:
+    """The point once nobody writes its run any more, as far as that has to be waited for: see `wait_for_a_sign`. Raises
+    InputError where another process does."""
+    dead = wait_for_a_sign(point.run, say)
+    newest = None if point.named else newest_state(point.run)  # one may have become complete meanwhile
+    return replace(point, dead=dead, state=open_state(newest) if newest is not None else point.state)
 
 
 def read_description(run: Place) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def train(
     """Claim the run's name in storage, or go on with what is there, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
-    with Lease(target, view.warn, stop.at_once):
+    with Lease(target, view.warn, stop.at_once, dead=point.dead if point is not None else None):
         if point is not None:
             swept = sweep(target)
             for name in swept:

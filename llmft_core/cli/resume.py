@@ -55,7 +55,7 @@ def go_on(plan: RunPlan, given: Given, point: Point, *, changed: bool = False) -
     """Train what is left of a run. `changed`: by a plan that may have more steps than it was begun with. Returns the
     exit code; raises LlmftError."""
     from llmft_core.report.summary import summary
-    from llmft_core.resume import finished
+    from llmft_core.resume import finished, once_abandoned
     from llmft_core.run import run
 
     if not changed and (last := finished(point, point.described["total_steps"])):
@@ -64,6 +64,7 @@ def go_on(plan: RunPlan, given: Given, point: Point, *, changed: bool = False) -
             "(`llmft resume` trains its end again from a state_NNNNN that is named)"
         )
         return 0
+    point = once_abandoned(point, lambda text: print(f"… {text}", flush=True))
     outcome = run(plan, given.catalog, debug=given.debug, point=point)
     for line in summary(outcome):
         print(line)

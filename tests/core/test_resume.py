@@ -17,7 +17,7 @@ from llmft_core.errors import Problems
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.prepare import has_dropout
-from llmft_core.resume import Point, changes, check_inputs, finished, other_numbers
+from llmft_core.resume import Point, changes, check_inputs, finished, once_abandoned, other_numbers
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job
 from llmft_core.values import Placement
@@ -66,6 +66,13 @@ def test_a_run_with_the_checkpoint_of_its_last_step_is_complete(run: Place) -> N
     named = replace(point, named=True)
     assert finished(named, 8) == ""
     check_inputs(named, SAME, 8)
+
+
+def test_a_state_that_became_complete_meanwhile_is_the_one_to_go_on_from(run: Place) -> None:
+    point = point_in(run)
+    lay(Path(run.path) / "state_00001", ".is_state", {"step": 4})
+    assert once_abandoned(point, pytest.fail).step == 4
+    assert once_abandoned(replace(point, named=True), pytest.fail).step == 2
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from command import Answer, llmft, llmft_path
+from running import Running
 from servers import S3Server
 
+from llmft_core.storage.lease import TTL
 from llmft_core.verify_resume import Verdict
 
 STEPS = 8
@@ -157,6 +159,28 @@ def test_a_complete_run_is_left_alone_unless_more_is_asked_of_it(
     done = llmft(*more, folder=tmp_path)
     assert done.code == 2, done.out
     assert f"max-steps: the run has done {STEPS + 2} of {STEPS + 2} optimizer steps: give more" in done.errors[-1]
+
+
+def test_a_run_of_a_lost_machine_is_waited_for_and_taken_over(copied: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """From a state that is named. Ctrl-C ends the waiting, and the lease is still the other's."""
+    run, there = copied
+    left = {"token": "other", "host": "elsewhere", "pid": 1, "renewed": time.time()}
+    (run / "lease.json").write_text(json.dumps(left))
+    waiting = Running(tmp_path, "resume", str(run / "state_00000"), *there)
+    try:
+        waiting.wait_for("for a sign of life of it, and going on with the run if there is none; Ctrl-C stops waiting")
+        waiting.ctrl_c()
+        assert waiting.end() == 130, waiting.text
+    finally:
+        waiting.clean_up()
+    assert waiting.text.splitlines()[1:] == ["llmft: interrupted"]
+    assert json.loads((run / "lease.json").read_text()) == left
+
+    (run / "lease.json").write_text(json.dumps({**left, "renewed": time.time() - TTL + 10}))
+    answer = llmft("resume", str(run / "state_00000"), *there, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "restoring the state of step" in answer.out
+    assert not (run / "lease.json").exists()
 
 
 def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
