@@ -1,7 +1,7 @@
 """A lease on a run: a small file that its holder renews, so that two processes never write one run.
 
-It is as good as the clocks: two machines that differ by more than `TTL` may both believe to hold it. A run that goes on
-somewhere else need not trust them: it waits for the holder to renew its lease.
+It is as good as the clocks: two machines that differ by more than `TTL` may both believe to hold it. Where a
+run goes on, a lease that is not stale by these clocks is waited for, by this machine's alone.
 """
 
 from __future__ import annotations
