@@ -16,14 +16,17 @@ from llmft_core.plan import ModelOptions, RunPlan, WeightsOptions
 from llmft_core.plan_layers import family_of_name
 from llmft_core.train.cluster import Cluster, capacity_problems
 from llmft_core.train.refusals import refusals
-from llmft_core.values import Device, Placement, WorkerRange
+from llmft_core.values import Device, Placement, WorkerRange, fitting_micro_batch
 
 LARGEST_DEFAULT_MICRO_BATCH = 8
 DEFAULT_LEARNING_RATE = 2e-5
 
 
-def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, Placement]:
-    """The plan without open fields, and the layout of its ranks. Raises Problems."""
+def place(
+    plan: RunPlan, cluster: Cluster, catalog: Catalog, usual_micro_batch: int = LARGEST_DEFAULT_MICRO_BATCH
+) -> tuple[RunPlan, Placement]:
+    """The plan without open fields, and the layout of its ranks. Where the plan says no micro-batch, it is the largest
+    of at most `usual_micro_batch` that fits. Raises Problems."""
     problems: list[Problem] = []
     gpus_per_worker = plan.gpus_per_worker if plan.gpus_per_worker is not None else int(cluster.gpus > 0)
     if gpus_per_worker and not cluster.gpus:
@@ -46,7 +49,7 @@ def place(plan: RunPlan, cluster: Cluster, catalog: Catalog) -> tuple[RunPlan, P
     problems += batch_problems(plan.global_batch, WorkerRange(fewest, most))
     share, rest = divmod(plan.global_batch, most)
     share = max(1, share)
-    micro_batch = plan.micro_batch or default_micro_batch(share)
+    micro_batch = plan.micro_batch or fitting_micro_batch(share, usual_micro_batch)
     if not rest and share % micro_batch:
         problems.append(
             Problem(
@@ -116,17 +119,12 @@ def batch_problems(global_batch: int, workers: WorkerRange) -> list[Problem]:
     ]
 
 
-def default_micro_batch(share: int) -> int:
-    """Rows of a forward pass where the plan does not say: the largest of at most 8 that divides a worker's share."""
-    return max(d for d in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % d == 0)
-
-
 def likely_micro_batch(plan: RunPlan) -> int:
     """The micro-batch as far as the plan alone says it: for one worker where their number is open. Raises InputError
     where it does not divide the global batch."""
     workers = max(1, plan.worker_range.most if plan.worker_range else 1)
     share, rest = divmod(plan.global_batch, workers)
-    micro_batch = plan.micro_batch or (default_micro_batch(share) if share else 1)
+    micro_batch = plan.micro_batch or (fitting_micro_batch(share, LARGEST_DEFAULT_MICRO_BATCH) if share else 1)
     if rest or share % micro_batch:
         count = "1 worker" if workers == 1 else f"{workers} workers"
         raise InputError(

@@ -20,7 +20,7 @@ from llmft_core.data.sources import SplitSource
 from llmft_core.data.steps import FirstEpoch, epoch_steps, first_epoch, total_steps
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.extensions import DatasetFormat, Method
-from llmft_core.placing import place
+from llmft_core.placing import LARGEST_DEFAULT_MICRO_BATCH, place
 from llmft_core.plan import RunPlan
 from llmft_core.preflight import (
     compiler_problems,
@@ -78,20 +78,26 @@ class Ready:
 
 
 def make_ready(
-    plan: RunPlan, catalog: Catalog, *, debug: bool, say: Callable[[str], None], resumed: bool = False
+    plan: RunPlan,
+    catalog: Catalog,
+    *,
+    debug: bool,
+    say: Callable[[str], None],
+    before: Mapping[str, Any] | None = None,
 ) -> Ready:
-    """Check everything and prepare the data. Raises Problems: all that is wrong, together. `resumed`: the run is there
-    already, and goes on.
+    """Check everything and prepare the data. Raises Problems: all that is wrong, together. `before`: the plan so far of
+    a run that is there already, and goes on.
 
     Writes to this machine's cache, and a probe object to the run's storage that is deleted again; nothing else.
     """
     problems: list[Problem] = []
     cluster = survey(plan, debug=debug)
-    placed = _attempt(lambda: place(plan, cluster, catalog), "workers", problems)
+    usual = LARGEST_DEFAULT_MICRO_BATCH if before is None else before["micro-batch"]
+    placed = _attempt(lambda: place(plan, cluster, catalog, usual), "workers", problems)
     asked = plan.micro_batch
     plan = placed[0] if placed else plan
     places = Places(catalog, plan.storage, plan.backends)
-    problems += storage_problems(plan, places, new=not resumed)
+    problems += storage_problems(plan, places, new=before is None)
     problems += sharing_problems(plan, cluster, catalog)
     problems += tracker_problems(plan, catalog)
     if cluster.address in ("", "local"):  # elsewhere the nodes are asked, and this machine may be none
@@ -147,6 +153,7 @@ def make_ready(
         data=data.folder,
         tokenizer=folder,
         special_ids=material.special_ids,
+        dropout=has_dropout(catalog.create("method", plan.method), model.config),
     )
     first = first_epoch(order, plan, placement)
     return Ready(plan, placement, cluster, catalog, places, data, model, size, shares[0], job, first)
@@ -171,6 +178,13 @@ def staged_bytes(plan: RunPlan, size: ModelSize, share: Share, cluster: Cluster,
     together = max(node.gpus if placement.device == "cuda" else node.cpus for node in cluster.nodes)
     here = min(placement.world_size, max(1, together))  # ranks of one node, at most
     return 2 * checkpoint_bytes(plan, size, share) + state * here // placement.world_size
+
+
+def has_dropout(method: Method, config: Mapping[str, Any]) -> bool:
+    """Whether training drops values at random: the method does, or the model by its config.json."""
+    text = config.get("text_config") or config
+    shares = [value for name, value in text.items() if "drop" in name and isinstance(value, float)]
+    return method.dropout > 0 or any(share > 0 for share in shares)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from llmft_core.checkpoint.leftovers import next_numbers
 from llmft_core.checkpoint.stored_state import StoredState, newest_state, open_state
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.storage.lease import NAME as LEASE
+from llmft_core.storage.lease import Holder, wait_for_a_sign
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import download_many, exists, list_files, read_bytes
 from llmft_core.train.aside import FOLDER as ASIDE
-from llmft_core.train.job import Resume
+from llmft_core.train.job import Job, Resume
+from llmft_core.values import fitting_micro_batch
 
 DESCRIPTION = "plan.json"
 HARMLESS = (
@@ -40,8 +42,19 @@ HARMLESS = (
     "on-nonfinite",
     "max-failures",
     "step-timeout",
+    # An evaluation draws no random numbers and changes no weight.
+    "eval-every-steps",
+    # How rows are encoded, and limits past which a run does not start: what comes of it, tokens and labels, is held by
+    # `check_inputs` against those of the beginning.
+    "data.engine",
+    "data.processes",
+    "data.rehash",
+    "data.max-dropped",
+    "data.max-bad-rows",
 )
-"""What may change where a run goes on: none of it is in the mathematics of a step, but for rounding."""
+"""What may change where a run goes on, with all below it: none of it is in the mathematics of a step, but for rounding.
+Where there is dropout, other micro-batches draw other numbers: they stay as they were where they can, and
+`other_numbers` says where they do not."""
 
 
 UNDECIDED = ("epochs", "lr", "precision")
@@ -56,6 +69,10 @@ class Point:
     described: Mapping[str, Any]
     state: StoredState | None
     """None: the run was begun and has no complete state; it begins anew in its folder."""
+    named: bool = False
+    """Whether the user asked for this very state, also of a run that is complete."""
+    dead: Holder | None = None
+    """Whose lease on the run is to be taken over."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -67,6 +84,12 @@ class Point:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.state.progress.step if self.state is not None else 0
+
+    @property
+    def latest_plan(self) -> dict[str, Any]:
+        """The plan under which the state was written, which a resumed run may have changed."""
+        plan: dict[str, Any] = self.plan if self.state is None else self.state.manifest["provenance"]["plan"]
+        return plan
 
 
 def find_point(place: Place) -> Point:
@@ -82,7 +105,7 @@ def find_point(place: Place) -> Point:
             f"{folder.uri} has no complete state to go on from: start it again under another --name, with "
             "--state.every-steps N or --state.every-minutes N"
         )
-    return Point(folder, described, open_state(state))
+    return Point(folder, described, open_state(state), named=folder is not place)
 
 
 def find_begun(run: Place) -> Point | None:
@@ -92,6 +115,14 @@ def find_begun(run: Place) -> Point | None:
         return None
     state = newest_state(run)
     return Point(run, read_description(run), open_state(state) if state is not None else None)
+
+
+def once_abandoned(point: Point, say: Callable[[str], None]) -> Point:
+    """The point once nobody writes its run any more, as far as that has to be waited for: see `wait_for_a_sign`. Raises
+    InputError where another process does."""
+    dead = wait_for_a_sign(point.run, say)
+    newest = None if point.named else newest_state(point.run)  # one may have become complete meanwhile
+    return replace(point, dead=dead, state=open_state(newest) if newest is not None else point.state)
 
 
 def read_description(run: Place) -> dict[str, Any]:
@@ -104,10 +135,13 @@ def read_description(run: Place) -> dict[str, Any]:
     return described
 
 
-def finished(point: Point) -> str:
-    """The complete checkpoint of the run's last optimizer step, or nothing."""
+def finished(point: Point, total_steps: int) -> str:
+    """The complete checkpoint of the run's last optimizer step, or nothing; nothing too where a state was named, from
+    which the rest is to be trained again."""
+    if point.named:
+        return ""
     for one in reversed(stored.list_checkpoints(point.run)):
-        if one.complete and stored.read_manifest(one.place).get("step", 0) >= point.described["total_steps"]:
+        if one.complete and stored.read_manifest(one.place).get("step", 0) >= total_steps:
             return one.place.uri
     return ""
 
@@ -123,8 +157,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return [
         f"{path}: {json.dumps(old.get(path))}, now {json.dumps(new.get(path))}"
         for path in sorted({*old, *new})
-        if path.split(".")[0] not in HARMLESS and old.get(path) != new.get(path)
+        if not _is_harmless(path) and old.get(path) != new.get(path)
     ]
+
+
+def _is_harmless(path: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in HARMLESS)
 
 
 def _leaves(plan: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -149,11 +187,33 @@ def check_inputs(point: Point, provenance: Mapping[str, Any], total_steps: int) 
         for path, (was, now, what) in pairs.items()
         if was != now
     ]
-    if point.step >= total_steps:
-        done = point.step
-        problems.append(Problem("max-steps", f"the run has done {done} of {total_steps} optimizer steps: none is left"))
+    if point.step >= total_steps or finished(point, total_steps):
+        done = max(point.step, total_steps)
+        why = (
+            f"the run has done {done} of {total_steps} optimizer steps: give more, or name a state_NNNNN to go on from"
+        )
+        problems.append(Problem("max-steps", why))
     if problems:
         raise Problems(problems, f"{point.run.uri} cannot go on:")
+
+
+def other_numbers(point: Point, job: Job) -> str:
+    """What has to be said where the run has dropout, and draws other numbers for it than it would have drawn; or
+    nothing. They depend on the place of the micro-batch in the global batch, and on what draws them."""
+    if point.state is None or not job.dropout:
+        return ""
+    before = point.latest_plan
+    share = before["global-batch"] // point.state.manifest["world_size"]
+    rows, now = fitting_micro_batch(share, before["micro-batch"]), job.placement.micro_batch
+    reasons = {
+        f"micro-batches have {now} rows instead of {rows}": rows != now,
+        "GPUs do not draw as CPUs do": bool(before["gpus-per-worker"]) != bool(job.plan.gpus_per_worker),
+        "compiled blocks do not draw as others do": before.get("compile", False) != job.plan.compile,
+    }
+    if not any(reasons.values()):
+        return ""
+    why = " and ".join(reason for reason, holds in reasons.items() if holds)
+    return f"{why}: dropout draws other numbers from here on, so losses will not be those of the run as it was"
 
 
 def resume_at(point: Point) -> Resume:

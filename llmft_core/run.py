@@ -26,7 +26,7 @@ from llmft_core.report.live import LiveView
 from llmft_core.report.summary import Outcome
 from llmft_core.report.trackers import Trackers
 from llmft_core.report.transfers import transfer_bar
-from llmft_core.resume import DESCRIPTION, Point, check_inputs, fetch_logs, resume_at
+from llmft_core.resume import DESCRIPTION, Point, check_inputs, fetch_logs, other_numbers, resume_at
 from llmft_core.storage.lease import Lease
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import create, write_bytes
@@ -46,14 +46,16 @@ from llmft_core.weights.stage import stage_model
 def run(plan: RunPlan, catalog: Catalog, *, debug: bool = False, point: Point | None = None) -> Outcome:
     """Train as the plan says, from the beginning or from a point of an earlier run of this name. Raises InputError
     before any rank is started, LlmftError after, Interrupted."""
-    resumed = point is not None
+    before = point.latest_plan if point is not None else None
     with own_ray(plan, debug=debug), Stop() as stop:
-        ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), resumed=resumed)
+        ready = make_ready(plan, catalog, debug=debug, say=lambda text: print(f"… {text}", flush=True), before=before)
         stop.stateless = ready.catalog.create("strategy", ready.plan.strategy or {}).state_problem()
         if point is not None:
             check_inputs(point, ready.job.provenance, ready.job.total_steps)
         view = LiveView(ready.job.total_steps, ready.job.epochs)
         show_head(ready, view)
+        if point is not None and (text := other_numbers(point, ready.job)):
+            view.warn(text)
         view.phase("starting" if ready.cluster.address == "" else "starting workers")
         cluster = start(ready.cluster, ready.placement.world_size, debug=debug)
         problems = cluster_problems(ready.plan, ready.places, cluster, ready.staged_bytes)
@@ -148,7 +150,7 @@ def train(
     """Claim the run's name in storage, or go on with what is there, and train while its lease is ours."""
     target = ready.places.runs() / ready.plan.name
     described = {**ready.job.provenance, "placement": vars(ready.placement), "total_steps": ready.job.total_steps}
-    with Lease(target, view.warn, stop.at_once):
+    with Lease(target, view.warn, stop.at_once, dead=point.dead if point is not None else None):
         if point is not None:
             swept = sweep(target)
             for name in swept:

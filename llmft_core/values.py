@@ -97,6 +97,11 @@ class WorkerRange:
         return str(self.most) if self.fewest == self.most else f"{self.fewest}:{self.most}"
 
 
+def fitting_micro_batch(share: int, largest: int) -> int:
+    """The largest micro-batch of at most `largest` rows that divides a worker's share of the global batch."""
+    return max(rows for rows in range(1, min(share, largest) + 1) if share % rows == 0)
+
+
 @dataclass(frozen=True)
 class Placement:
     """How one training job is laid out, equal on all ranks.
@@ -123,7 +128,7 @@ class Placement:
         """The same global batch on another number of ranks, which divides it: in the largest micro-batches of at most
         `micro_batch` rows that divide a rank's share."""
         share = self.global_batch // world_size
-        rows = max(rows for rows in range(1, min(share, micro_batch) + 1) if share % rows == 0)
+        rows = fitting_micro_batch(share, micro_batch)
         return replace(self, world_size=world_size, micro_batch=rows, accumulation=share // rows)
 
 

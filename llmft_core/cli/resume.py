@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmft_core.cli.flags import Given, Parser, read_flags
 from llmft_core.cli.quiet import quiet
 from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import Layer, resolve_backends
+
+if TYPE_CHECKING:
+    from llmft_core.resume import Point
 
 PROG = "llmft resume"
 EXAMPLE = f"`{PROG} s3://BUCKET/runs/NAME`"
@@ -29,9 +32,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
         raise InputError(f"no run is given: write its folder or URI, or that of one of its states, first: {EXAMPLE}")
     if not reaching.debug:
         quiet()
-    from llmft_core.report.summary import summary
     from llmft_core.resume import changes, find_point
-    from llmft_core.run import run
     from llmft_core.storage.places import Places
 
     backends = resolve_backends(reaching.layers, reaching.catalog)
@@ -47,6 +48,23 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     if changed and not own.allow_changes:
         problems = [Problem("", line) for line in changed]
         raise Problems(problems, "the run would go on as another one; leave these as they were, or --allow-changes:")
+    return go_on(plan, given, point, changed=bool(changed))
+
+
+def go_on(plan: RunPlan, given: Given, point: Point, *, changed: bool = False) -> int:
+    """Train what is left of a run. `changed`: by a plan that may have more steps than it was begun with. Returns the
+    exit code; raises LlmftError."""
+    from llmft_core.report.summary import summary
+    from llmft_core.resume import finished, once_abandoned
+    from llmft_core.run import run
+
+    if not changed and (last := finished(point, point.described["total_steps"])):
+        print(
+            f"the run is complete: {last} is the checkpoint of its last optimizer step; there is nothing left to do "
+            "(`llmft resume` trains its end again from a state_NNNNN that is named)"
+        )
+        return 0
+    point = once_abandoned(point, lambda text: print(f"… {text}", flush=True))
     outcome = run(plan, given.catalog, debug=given.debug, point=point)
     for line in summary(outcome):
         print(line)
@@ -82,6 +100,5 @@ def resumed_plan(given: Given, saved: Mapping[str, Any]) -> RunPlan:
     if reached:
         data["storage"] = {**reached, **data.get("storage", {})}
         data["backends"] = backends
-    if "workers" in data and "micro-batch" not in data:  # the old one may not fit; it is chosen anew
-        data["micro-batch"] = None
+    data.setdefault("micro-batch", None)  # the old one where it fits: see `placing.place`
     return Given((*files, Layer("flags", data)), given.catalog, given.problems, given.parser, given.debug, False).plan()

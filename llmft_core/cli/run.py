@@ -37,16 +37,13 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     if not given.debug:
         quiet()
     from llmft_core.report.summary import summary
-    from llmft_core.resume import finished
     from llmft_core.run import run
 
-    point = None
     if own.resume:
         plan, point = begun(plan, given.catalog)
-        if point is not None and (last := finished(point)):
-            print(f"the run is complete: {last} is the checkpoint of its last optimizer step")
-            return 0
-    outcome = run(plan, given.catalog, debug=given.debug, point=point)
+        if point is not None:
+            return resume.go_on(plan, given, point)
+    outcome = run(plan, given.catalog, debug=given.debug)
     for line in summary(outcome):
         print(line)
     return 0

@@ -23,6 +23,12 @@ class Method(Extension, ABC):
     learning_rate_factor: ClassVar[float] = 1.0
     """Times the model family's learning rate where the plan gives none."""
 
+    @property
+    def dropout(self) -> float:
+        """Share of values that it drops at random in training. Where a run goes on with other micro-batches, it is said
+        that other ones are dropped."""
+        return 0.0
+
     def problems(self, setting: Setting) -> list[Problem]:
         """What cannot be done in this setting, whatever the model is; found before anything is started."""
         return []

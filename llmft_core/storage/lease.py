@@ -1,6 +1,7 @@
 """A lease on a run: a small file that its holder renews, so that two processes never write one run.
 
-It is as good as the clocks: two machines that differ by more than `TTL` may both believe to hold it.
+It is as good as the clocks: two machines that differ by more than `TTL` may both believe to hold it. Where a
+run goes on, a lease that is not stale by these clocks is waited for, by this machine's alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmft_core.storage.transfer import create, delete, exists, read_bytes, writ
 NAME = "lease.json"
 TTL = 300.0  # seconds without a renewal after which a lease is nobody's
 EVERY = 60.0  # seconds between two renewals
+LOOK = 2.0  # seconds between two looks at a lease that may be a dead process's
 SETTLE = 1.0  # seconds after which one of several writers at once is the last
 
 
@@ -59,19 +61,51 @@ def holder_of(run: Place) -> Holder | None:
     return found if found is not None and not found.gone else None
 
 
+def wait_for_a_sign(run: Place, say: Callable[[str], None]) -> Holder | None:
+    """Whether the process that holds the lease is still there: wait until it renews it, for `TTL` seconds at most.
+    `say` is called once with what is waited for.
+
+    Returns None where nobody writes the run (any more), and the holder where its lease stood still all the time by this
+    machine's clock: it is dead, whatever its own clock says, and although its process number may be in use here, where
+    another container had this host name. Raises InputError where it lives.
+    """
+    first = holder_of(run)
+    if first is None:
+        return None
+    say(
+        f"{run.uri} belongs to {first}: waiting up to {TTL - max(0.0, first.age):.0f} s for a sign of life of it, and "
+        "going on with the run if there is none; Ctrl-C stops waiting"
+    )
+    end = time.monotonic() + TTL
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(LOOK, left))
+        now = holder_of(run)
+        if now is None:
+            return None
+        if now != first:
+            raise _refusal(run, now)
+    return first
+
+
 class Lease:
     """A run's lease, as a context: taken, renewed in a thread, given back.
 
-    Raises InputError where another process has it; a stale one is taken over. Where another process takes it over from
-    us (this machine slept, or lost the network for minutes), `on_lost` is called, and leaving the context raises
-    LlmftError.
+    Raises InputError where another process has it; a stale one and that of the `dead` one are taken over. Where another
+    process takes it over from us (this machine slept, or lost the network for minutes), `on_lost` is called, and
+    leaving the context raises LlmftError.
     """
 
     def __init__(
-        self, run: Place, warn: Callable[[str], None], on_lost: Callable[[], None], every: float = EVERY
+        self,
+        run: Place,
+        warn: Callable[[str], None],
+        on_lost: Callable[[], None],
+        every: float = EVERY,
+        dead: Holder | None = None,
     ) -> None:
-        """`every`: seconds between two renewals."""
+        """`every`: seconds between two renewals. `dead`: what `wait_for_a_sign` returned."""
         self._run, self._warn, self._on_lost, self._every = run, warn, on_lost, every
+        self._dead = dead
         self._token = uuid.uuid4().hex
         self._lost = False
         self._ending = threading.Event()
@@ -79,19 +113,19 @@ class Lease:
 
     def __enter__(self) -> Lease:
         other = holder_of(self._run)
-        if other is not None:
-            raise self._refusal(other)
+        if other is not None and other != self._dead:
+            raise _refusal(self._run, other)
         stale = _read(self._run) is not None
         if stale or not self._run.backend.creates_exclusively:
             self._write()
         elif not create(self._run / NAME, self._content()):
-            raise self._refusal(_read(self._run))
-        if self._run.backend.scheme != "file":
+            raise _refusal(self._run, _read(self._run))
+        if stale or self._run.backend.scheme != "file":
             # Some servers ignore the condition, and a stale lease is written without one: the last writer has it.
             time.sleep(SETTLE)
         now = _read(self._run)
         if now is None or now.token != self._token:
-            raise self._refusal(now)
+            raise _refusal(self._run, now)
         self._thread.start()
         return self
 
@@ -134,11 +168,10 @@ class Lease:
         said: dict[str, Any] = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
         return (json.dumps({**said, "renewed": time.time()}) + "\n").encode()
 
-    def _refusal(self, other: Holder | None) -> InputError:
-        who = f" by {other}" if other is not None else ""
-        return InputError(
-            f"name: {self._run.uri} is being written{who}: choose another --name, or wait until that run has ended"
-        )
+
+def _refusal(run: Place, other: Holder | None) -> InputError:
+    who = f" by {other}" if other is not None else ""
+    return InputError(f"name: {run.uri} is being written{who}: choose another --name, or wait until that run has ended")
 
 
 def _read(run: Place) -> Holder | None:

@@ -53,7 +53,7 @@ class Watch:
         """`nodes`: node id → host, as the run began. `nodes_now`: the nodes of the cluster that are alive; none where
         it does not say."""
         self._pass_on, self._stop, self._nodes_now = on_event, stop, nodes_now
-        self._total_steps, self._hosts_of_nodes = job.total_steps, nodes or {}
+        self._job, self._total_steps, self._hosts_of_nodes = job, job.total_steps, nodes or {}
         size, self._device = job.placement.world_size, job.placement.device
         self._workers = job.plan.worker_range or WorkerRange(size, size)
         self._step = job.resume.step if job.resume else 0
@@ -143,9 +143,18 @@ class Watch:
                     "kind": "warning",
                     "text": f"{words.counted(self._size, 'worker')} of --workers {self._workers} now, instead of "
                     f"{before}: the same global batch and order of rows, but sums are rounded in another order, so the "
-                    "weights will not be the same to the last bit",
+                    f"weights will not be the same to the last bit{self._other_numbers(before)}",
                 }
             )
+
+    def _other_numbers(self, before: int) -> str:
+        """What another number of workers, `before` until now, does to dropout."""
+        if not self._job.dropout:
+            return ""
+        was, now = (self._job.for_world_size(size).placement.micro_batch for size in (before, self._size))
+        if was == now:
+            return ""
+        return f"; micro-batches have {now} rows instead of {was}: dropout draws other numbers from here on"
 
     def _look_for_lost_nodes(self) -> None:
         """Say of a rank that died that its node did, once Ray knows."""

@@ -51,6 +51,8 @@ class Job:
     resume: Resume | None = None
     special_ids: tuple[int, ...] = ()
     """Ids whose embeddings have to be trained also where the model is frozen."""
+    dropout: bool = False
+    """Whether values are dropped at random in training."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,7 +87,7 @@ class Job:
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
         return {
-            **{name: getattr(self, name) for name in ("total_steps", "vocabulary", "pad_id")},
+            **{name: getattr(self, name) for name in ("total_steps", "vocabulary", "pad_id", "dropout")},
             **{name: str(getattr(self, name)) for name in ("model", "data", "tokenizer")},
             "epoch_steps": list(self.epoch_steps),
             "stop_ids": list(self.stop_ids),

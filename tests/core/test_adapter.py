@@ -97,6 +97,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     assert held == set(ranks[0][0]["began"]), "the frozen model is no part of the state"
 
 
+def test_on_another_number_of_ranks_the_same_is_dropped(
+    trained: dict[str, Trained], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws by the micro-batch's place in the global batch, and micro-batches stay as they were."""
+    monkeypatch.setenv("LLMFT_CACHE", str(tmp_path / "cache"))
+    cases = []
+    for name in ("ddp", "zero-3"):
+        shutil.copytree(trained[name][0] / "state_00000", tmp_path / name / "state_00000")
+        cases.append((STRATEGIES[name], "fp32", 1, str(base), str(tmp_path / name), OPTIONS, AT))
+    alone = on_ranks(1, train_adapter, cases)[0]
+    for name, resumed in zip(("ddp", "zero-3"), alone, strict=True):
+        _, ((straight, _), _) = trained[name]
+        assert len(resumed["loss"]) == TOTAL - AT
+        assert resumed["loss"] == pytest.approx(straight["loss"][AT:], rel=1e-5)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_that_is_trained_moves_also_the_rows_of_special_tokens(strategy: str, trained: dict[str, Trained]) -> None:
     _, ((straight, _), _) = trained[strategy]

@@ -35,10 +35,12 @@ class Cluster:
         return self.nodes
 
 
-def watching(on_event: OnEvent, workers: str, cluster: Cluster) -> Watch:
-    plan = RunPlan.from_json({"workers": workers})
-    placement = Placement(2, "cpu", "fp32", 1, 1, 1.0)
-    job = Job(plan, placement, 10, (10,), 9, 0, (), {}, Path(), Path(), Path())
+def watching(
+    on_event: OnEvent, workers: str, cluster: Cluster, micro_batch: int = 1, *, dropout: bool = False
+) -> Watch:
+    plan = RunPlan.from_json({"workers": workers, "micro-batch": micro_batch})
+    placement = Placement(2, "cpu", "fp32", micro_batch, 6 // micro_batch, 1.0)
+    job = Job(plan, placement, 10, (10,), 9, 0, (), {}, Path(), Path(), Path(), dropout=dropout)
     return Watch(on_event, job, Stop(), {}, cluster)
 
 
@@ -88,6 +90,25 @@ def test_the_new_size_is_said() -> None:
     watch.handle({"kind": "failed", "deaths": {0: OUT_OF_MEMORY}})
     begins(watch, "ac")
     assert told.warnings[-1].startswith("2 workers of --workers 1:2 now, instead of 1: ")
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "dropout", "said"),
+    [
+        (2, True, ""),
+        (6, False, ""),
+        (6, True, "; micro-batches have 4 rows instead of 6: dropout draws other numbers from here on"),
+    ],
+)
+def test_other_micro_batches_are_said_where_there_is_dropout(micro_batch: int, dropout: bool, said: str) -> None:
+    """Twelve rows, of two workers and then of three."""
+    told = Told()
+    watch = watching(told.append, "2:3", Cluster(), micro_batch, dropout=dropout)
+    begins(watch, "ab")
+    watch.handle({"kind": "failed", "deaths": {0: "", 1: KILLED}})
+    begins(watch, "abc")
+    assert told.warnings[-1].startswith("3 workers of --workers 2:3 now, instead of 2: ")
+    assert told.warnings[-1].endswith(f"the weights will not be the same to the last bit{said}")
 
 
 def test_errors_of_ranks_that_are_gone_explain_nothing_any_more() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, LlmftError, Terminated
 from llmft_core.loading import load_plugins
 from llmft_core.storage import lease as module
-from llmft_core.storage.lease import NAME, TTL, Lease, holder_of
+from llmft_core.storage.lease import NAME, TTL, Lease, holder_of, wait_for_a_sign
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.stopping import Stop
 
@@ -88,6 +89,58 @@ def test_a_lost_lease_stops_the_run_also_where_ctrl_c_is_ignored(ctrl_c: Any) ->
             run_until_stopped()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def left_by(run: Place, host: str, pid: int, renewed: float, token: str = "other") -> None:
+    """The lease of another process."""
+    path = Path(run.path) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".written")
+    written.write_text(json.dumps({"token": token, "host": host, "pid": pid, "renewed": renewed}))
+    os.replace(written, path)
+
+
+@pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()], ids=["elsewhere", "a number in use again"])
+def test_a_holder_that_gives_no_sign_is_dead(run: Place, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock is an hour ahead, so that its lease is stale by this machine's clock alone."""
+    left_by(run, host, os.getpid(), time.time() + 3600)
+    said: list[str] = []
+    with monkeypatch.context() as waiting:
+        waiting.setattr(module, "TTL", 0.2)
+        dead = wait_for_a_sign(run, said.append)
+    assert dead is not None
+    assert said == [
+        f"{run.uri} belongs to process {os.getpid()} on {host}, last heard of 0 s ago: waiting up to 0 s for a sign of "
+        "life of it, and going on with the run if there is none; Ctrl-C stops waiting"
+    ]
+    with pytest.raises(InputError, match="is being written"):  # who did not wait
+        Lease(run, pytest.fail, pytest.fail).__enter__()
+    with Lease(run, pytest.fail, pytest.fail, dead=dead):
+        with pytest.raises(InputError, match="is being written"):  # who waited too, and comes second
+            Lease(run, pytest.fail, pytest.fail, dead=dead).__enter__()
+        holder = holder_of(run)
+        assert holder is not None
+        assert holder.token != dead.token
+
+
+def test_a_holder_that_lives_is_left_alone(run: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It renews its lease while it is waited for, which ends the waiting; so does another one that comes first."""
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    for token in ("other", "a third one's"):
+        left_by(run, "elsewhere", 1, time.time() - 60)
+        with pytest.raises(InputError, match=r"is being written by process 1 on elsewhere, last heard of 0 s ago"):
+            wait_for_a_sign(run, lambda _, token=token: left_by(run, "elsewhere", 1, time.time(), token))
+
+
+def test_a_holder_that_is_known_to_be_gone_is_not_waited_for(run: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    assert wait_for_a_sign(run, pytest.fail) is None
+    left_by(run, socket.gethostname(), 2**22 + 1, time.time())  # no process has such a number
+    assert wait_for_a_sign(run, pytest.fail) is None
+    left_by(run, "elsewhere", 1, time.time() - TTL)
+    assert wait_for_a_sign(run, pytest.fail) is None
+    left_by(run, "elsewhere", 1, time.time())
+    assert wait_for_a_sign(run, lambda _: (Path(run.path) / NAME).unlink()) is None, "it has given it back"
 
 
 def test_what_is_no_lease_is_said(run: Place) -> None:

@@ -94,6 +94,21 @@ def test_a_job_on_another_number_of_ranks_has_the_same_batch() -> None:
         job.for_world_size(5)
 
 
+def test_a_run_that_goes_on_keeps_its_micro_batch_where_it_fits() -> None:
+    """Though a larger one would fit too; what is asked for is not bent."""
+    catalog, there = Catalog(load_plugins()), cluster(8)
+    found = {}
+    for workers in (1, 2, 4, 8):
+        plan = RunPlan.from_json({"strategy": "ddp", "workers": workers, "global-batch": 32})
+        found[workers] = place(plan, there, catalog, 6)[1].micro_batch
+    assert found == {1: 4, 2: 4, 4: 4, 8: 4}
+    plan = RunPlan.from_json({"strategy": "ddp", "workers": 8, "global-batch": 32})
+    assert place(plan, there, catalog, 2)[1].micro_batch == 2
+    assert place(plan, there, catalog, 8)[1].micro_batch == 4
+    with pytest.raises(Problems, match="8 rows do not divide a worker's share of 4"):
+        placed(there, **{"workers": 8, "global-batch": 32, "micro-batch": 8})
+
+
 class Narrow(Strategy):
     """It is at home on one rank and on three."""
 

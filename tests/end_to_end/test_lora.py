@@ -14,16 +14,17 @@ from command import Answer, ask_without_llmft, llmft
 from llmft_core.cli.main import main
 from llmft_core.report import words
 
-TINY = ("--dataset.rows", "64", "--dataset.test-rows", "16", "--global-batch", "16")
+TINY = ("--dataset.rows", "64", "--dataset.test-rows", "16", "--global-batch", "8")
 QUESTION = "<s><START_Q>How many?<END_Q><START_A>"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answer, Path]:
-    """What a run said that wrote an adapter in its middle and one at its end, and its folder."""
+    """What a run with dropout said that wrote a state and an adapter in its middle, and one at its end; its folder."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--workers", "2", "--strategy", "zero-3", "--max-steps", "4", "--name", "l", "--method", "lora")
     flags += ("--method.rank", "8", "--checkpoint.every-steps", "2", "--eval-every-steps", "2")
+    flags += ("--method.dropout", "0.1", "--state.every-steps", "2")
     answer = llmft("run", *TINY, *flags, folder=folder)
     assert answer.code == 0, answer.err
     return answer, folder / "llmft-runs" / "runs" / "l"
@@ -51,6 +52,22 @@ def test_an_adapter_is_trained_asked_and_merged(trained: tuple[Answer, Path], tm
     ]
     assert [one.code for one in said] == [0, 0], said
     assert said[0].out == said[1].out
+
+
+def test_one_worker_goes_on_with_the_micro_batches_of_two(trained: tuple[Answer, Path], tmp_path: Path) -> None:
+    """So it drops the same. Alone it would have chosen micro-batches of eight rows."""
+    run = tmp_path / "store" / "runs" / "l"
+    shutil.copytree(trained[1], run)
+    flags = ("--storage.root", str(tmp_path / "store"), "--workers", "0", "--strategy", "ddp")
+    answer = llmft("resume", str(run / "state_00000"), *flags, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "8 rows = 1 worker × 4 (micro-batch) × 2 (accumulation)" in answer.out
+    assert "dropout" not in answer.out
+    two, one = (
+        [json.loads(row)["train/loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (trained[1], run)
+    )
+    assert one == pytest.approx(two, rel=1e-5)
 
 
 def test_adapters_are_listed_shown_verified_and_pruned_as_models_are(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from command import Answer, llmft
+from hold import Hold
 from running import Running
 from servers import S3Server
 
+from llmft_core.storage.lease import TTL
 from llmft_core.verify_resume import Verdict
 
 STEPS = 8
@@ -18,12 +22,21 @@ RUN = ["--dataset.rows", "64", "--dataset.test-rows", "8", "--global-batch", "8"
 RUN += ["--state.every-steps", "3", "--checkpoint.every-steps", "4", "--workers", "0"]
 
 
-def killed_after_a_state(folder: Path, flags: list[str], environment: dict[str, str]) -> None:
-    """Starts a run, and kills it with SIGKILL once its first state is complete."""
-    with Running(folder, "run", *flags, environment=environment) as running:
+def killed_after_a_state(folder: Path, flags: list[str], environment: Mapping[str, str]) -> None:
+    """Starts a run with `Hold.flags`, and kills it with SIGKILL in its fifth step, once its first state is complete."""
+    hold = Hold(folder / "never released", in_pass=4)
+    with Running(folder, "run", *flags, environment={**environment, **hold.environment}) as running:
+        hold.wait(running)
         running.wait_for("state_00000 complete")
         running.process.kill()
         running.process.wait()
+
+
+def not_held(folder: Path) -> Mapping[str, str]:
+    """The environment of a run with `Hold.flags` that stands still nowhere."""
+    hold = Hold(folder, in_pass=0)
+    hold.release()
+    return hold.environment
 
 
 def last_weights(run: Path) -> bytes:
@@ -43,9 +56,9 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bytes(tmp_path: Path, s3_ser
     storage += ["--storage.endpoint-url", s3_server.endpoint_url]
     straight = llmft("run", *RUN, *storage, "--name", "straight", folder=tmp_path, environment=keys)
     assert straight.code == 0, straight.err
-    killed_after_a_state(tmp_path, [*RUN, *storage, "--name", "killed"], keys)
+    killed_after_a_state(tmp_path, [*RUN, *storage, *Hold.flags, "--name", "killed"], keys)
 
-    there = {**keys, "LLMFT_CACHE": str(tmp_path / "two")}
+    there = {**keys, **not_held(tmp_path), "LLMFT_CACHE": str(tmp_path / "two")}
     reach = ["--backends.s3.endpoint-url", s3_server.endpoint_url]
     resumed = llmft("resume", "s3://bucket/resume/runs/killed", *reach, folder=tmp_path, environment=there)
     assert resumed.code == 0, resumed.err
@@ -59,9 +72,6 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bytes(tmp_path: Path, s3_ser
     assert found == {step: expected[step] for step in found}
     assert set(range(7, STEPS + 1)) <= set(found)
     assert not (runs / "killed" / "lease.json").exists()
-    again = llmft("resume", "s3://bucket/resume/runs/killed", *reach, folder=tmp_path, environment=there)
-    assert again.code == 0, again.err
-    assert last_weights(runs / "killed") == weights
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +130,58 @@ def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(finished: Path
     assert (run / "metrics.jsonl").read_text().count("\n") == STEPS
 
 
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of the run, and the flag that says where it is now."""
+    shutil.copytree(finished / "llmft-runs", tmp_path / "copy")
+    return tmp_path / "copy" / "runs" / "x", ["--storage.root", str(tmp_path / "copy")]
+
+
+def test_a_complete_run_is_left_alone_unless_more_is_asked_of_it(
+    copied: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run, there = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = llmft("resume", str(run), *there, folder=tmp_path)
+    assert again.code == 0, again.err
+    (line,) = again.out.splitlines()
+    assert line.startswith("the run is complete: ")
+    assert "there is nothing left to do" in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    more = ("resume", str(run), *there, "--max-steps", str(STEPS + 2), "--epochs", "2", "--allow-changes")
+    further = llmft(*more, folder=tmp_path)
+    assert further.code == 0, further.err
+    assert sorted(losses((run / "metrics.jsonl").read_text())) == list(range(1, STEPS + 3))
+    done = llmft(*more, folder=tmp_path)
+    assert done.code == 2, done.out
+    assert f"max-steps: the run has done {STEPS + 2} of {STEPS + 2} optimizer steps: give more" in done.errors[-1]
+
+
+def test_a_run_of_a_lost_machine_is_waited_for_and_taken_over(copied: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """From a state that is named. Ctrl-C ends the waiting, and the lease is still the other's."""
+    run, there = copied
+    left = {"token": "other", "host": "elsewhere", "pid": 1, "renewed": time.time()}
+    (run / "lease.json").write_text(json.dumps(left))
+    waiting = Running(tmp_path, "resume", str(run / "state_00000"), *there)
+    try:
+        waiting.wait_for("for a sign of life of it, and going on with the run if there is none; Ctrl-C stops waiting")
+        waiting.ctrl_c()
+        assert waiting.end() == 130, waiting.text
+    finally:
+        waiting.clean_up()
+    assert waiting.text.splitlines()[1:] == ["llmft: interrupted"]
+    assert json.loads((run / "lease.json").read_text()) == left
+
+    (run / "lease.json").write_text(json.dumps({**left, "renewed": time.time() - TTL + 10}))
+    answer = llmft("resume", str(run / "state_00000"), *there, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "restoring the state of step" in answer.out
+    assert not (run / "lease.json").exists()
+
+
 def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
     """The same command each time: begins the run, begins it anew, goes on with it, and has nothing left to do."""
-    command = ["run", *RUN, "--name", "job", "--resume", "auto"]
+    command, free = ["run", *RUN, *Hold.flags, "--name", "job", "--resume", "auto"], not_held(tmp_path)
     run = tmp_path / "llmft-runs" / "runs" / "job"
     killed_after_a_state(tmp_path, command[1:], {})
     state = (run / "state_00000").rename(tmp_path / "state_00000")  # as if it had been killed before
@@ -136,14 +195,14 @@ def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in again} == {
         file.name: file.read_bytes() for file in state.glob("*.safetensors")
     }
-    changed = llmft(*command, "--seed", "3", folder=tmp_path)
+    changed = llmft(*command, "--seed", "3", folder=tmp_path, environment=free)
     assert changed.code == 2
     assert changed.errors[0].endswith("was begun with another plan; give what it had, or another --name:")
     assert changed.errors[1:] == ["llmft: error: seed: 0, now 3"]
-    resumed = llmft(*command, folder=tmp_path)
+    resumed = llmft(*command, folder=tmp_path, environment=free)
     assert resumed.code == 0, resumed.err
     assert "restoring the state of step" in resumed.out
-    done = llmft(*command, folder=tmp_path)
+    done = llmft(*command, folder=tmp_path, environment=free)
     assert done.code == 0, done.err
     assert done.out.startswith("the run is complete: ")
     nameless = llmft("run", "--resume", "auto", folder=tmp_path)

@@ -21,6 +21,7 @@ class Hold:
     def __init__(self, folder: Path, in_pass: int, *, until_told: bool = False) -> None:
         """`until_told`: a released rank 0 goes on only when it has heard that it is to stop. It looks once a second
         under Ray, in which a short run would end."""
+        folder.mkdir(exist_ok=True)
         self._go = folder / "go"
         paths = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {

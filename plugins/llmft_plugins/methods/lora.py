@@ -62,6 +62,11 @@ class Lora(Method):
     # Schulman et al. 2025, "LoRA Without Regret": the best rate is about ten times that of full fine-tuning.
     learning_rate_factor: ClassVar[float] = 10.0
 
+    @property
+    def dropout(self) -> float:
+        share: float = self.options.dropout
+        return share
+
     def problems(self, setting: Setting) -> list[Problem]:
         if self.options.quantize == "none":
             return []
