@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ranks import on_ranks
 from resuming import TOTAL, VOCABULARY
-from scaling import train_in_fp16
+from scaling import overflow, train_in_fp16
 from tables import tiny_llama
 
 from llmft_plugins.strategies import ddp, zero_state
@@ -54,6 +54,16 @@ def test_another_strategy_goes_on_and_another_precision_begins_to_scale(trained:
     assert from_zero2["counters"] == zero2["counters"]
     assert from_ddp["loss"] == pytest.approx(ddp_fp32["loss"][AT:], rel=2e-2)  # a step or two settle the scale
     assert from_ddp["counters"]["loss_scale"] > 1
+
+
+@pytest.mark.parametrize("strategy", ["zero-2", "zero-3"])
+def test_at_the_smallest_scale_steps_go_on_being_refused(strategy: str, base: str) -> None:
+    """DeepSpeed's own exception, at the 18th in a row, would come before llmft's guard."""
+    (found,) = on_ranks(1, overflow, strategy, base, 20)
+    assert found["applied"] == [False] * 20 + [True]
+    assert found["scales"][:2] == [2.0**16, 2.0**15]  # the first one is let pass
+    assert found["scales"][16:] == [1.0] * 5
+    assert found["counters"] == {"optimizer_steps": 1.0, "loss_scale": 1.0, "good_steps": 1.0, "hysteresis": 1.0}
 
 
 def deepspeed_scaler() -> Any:

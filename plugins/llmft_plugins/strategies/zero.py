@@ -182,6 +182,8 @@ class ZeroEngine(Engine):
         stage = self._model.zero_optimization_stage()
         if stage != self.stage:
             raise LlmftError(f"DeepSpeed set up ZeRO stage {stage}, not {self.stage}")
+        if self.placement.precision == "fp16":  # else an exception of DeepSpeed's ends the run before llmft's own guard
+            self._zero.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def model(self) -> torch.nn.Module:
