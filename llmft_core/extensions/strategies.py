@@ -135,13 +135,16 @@ class Engine(ABC):
     @abstractmethod
     def counters(self) -> dict[str, float]:
         """What else the next step depends on, equal on all ranks: `optimizer_steps` (those that were applied), and in
-        fp16 what the loss scaler remembers."""
+        fp16 `loss_scale` and `good_steps` (in a row, since the loss scale last changed). What one scaler alone counts
+        comes on top."""
 
     @abstractmethod
     def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
         """After `prepare`, before the first step: take masters, moments and counters from a state, whatever strategy
         and world size wrote it, reading no more than this rank holds. The weights that the model computes with follow
-        the masters. All ranks call it."""
+        the masters. Of the counters only `optimizer_steps` is always there: a state of a run in another precision has
+        no loss scale, and one of another strategy not what this scaler alone counts; they begin as in a new run. All
+        ranks call it."""
 
     def holdings(self) -> dict[str, list[torch.Tensor | None]]:
         """What this rank keeps between forward passes, wherever it lies: `weights`, `gradients`, `optimizer` (masters

@@ -1,12 +1,14 @@
 """Cross-entropy straight from hidden states, a chunk of positions at a time: the logits of a batch never exist at once.
 
 Each chunk's gradients are computed while its logits are there, so nothing of them is kept for the backward pass and
-nothing is computed twice. Source: Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training", section
-3.2 (FusedLinearCrossEntropy); here in plain PyTorch, so that it runs on every device.
+nothing is computed twice. In fp16 they are computed in the backward pass, of logits that are made again: before the
+loss scale is known, small ones would be 0. Source: Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM
+Training", section 3.2 (FusedLinearCrossEntropy); here in plain PyTorch, so that it runs on every device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,49 +89,80 @@ class _ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wanted = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
-        whole = len(positions) <= rows
-        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        # Sums over chunks are kept in float32; a single chunk needs no sum.
-        of_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
-        of_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(positions), rows):
-                here, wished = positions[start : start + rows], targets[start : start + rows].unsqueeze(1)
-                states = hidden[here].to(dtype)  # (C, H)
-                logits = shaping.logits(linear(states, matrix, offset).float())  # (C, V)
-                logarithms = torch.log_softmax(logits, dim=1)
-                loss -= logarithms.gather(1, wished).sum()
-                if not any(wanted):
-                    continue
-                gradient = logarithms.exp_()  # probabilities, which at the targets are 1 too many
-                gradient.scatter_(1, wished, gradient.gather(1, wished) - 1)
-                gradient = shaping.backward(gradient, logits)
-                del logits, logarithms
-                if of_bias is not None:
-                    of_bias += gradient.sum(dim=0)
-                gradient = gradient.to(dtype)
-                if of_hidden is not None:
-                    of_hidden.index_copy_(0, here, (gradient @ matrix).to(hidden.dtype))
-                if of_weight is None:
-                    continue
-                if dtype == torch.float32:
-                    torch.addmm(of_weight, gradient.t(), states, out=of_weight)
-                elif whole:
-                    of_weight = gradient.t() @ states
-                else:
-                    of_weight += gradient.t() @ states
-        ctx.gradients = (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None or bias is None else of_bias.to(bias.dtype),
-        )
+        ctx.later = dtype == torch.float16 and any(wanted)
+        if ctx.later:
+            ctx.save_for_backward(hidden, weight, bias, positions, targets)
+            ctx.how = (shaping, rows, dtype)
+            wanted = [False] * 3
+        loss, ctx.gradients = by_chunks(hidden, weight, bias, positions, targets, shaping, rows, dtype, wanted)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
-        gradients = ctx.gradients
-        del ctx.gradients  # they are changed in place: a second backward pass would be wrong, and so fails
-        return (*(None if one is None else one.mul_(factor) for one in gradients), None, None, None, None, None)
+        if ctx.later:
+            (hidden, weight, bias, positions, targets), (shaping, rows, dtype) = ctx.saved_tensors, ctx.how
+            wanted = ctx.needs_input_grad[:3]
+            _, gradients = by_chunks(
+                hidden, weight, bias, positions, targets, shaping, rows, dtype, wanted, factor=factor
+            )
+        else:
+            gradients = tuple(None if one is None else one.mul_(factor) for one in ctx.gradients)
+            del ctx.gradients  # they are changed in place: a second backward pass would be wrong, and so fails
+        return (*gradients, None, None, None, None, None)
+
+
+def by_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    shaping: Shaping,
+    rows: int,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+    factor: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """(the loss, the gradients of it, times `factor`, of `hidden`, `weight` and `bias`: those that are wanted), with
+    the logits of `rows` positions at a time. Products run in `dtype`."""
+    whole = len(positions) <= rows
+    matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    # Sums over chunks are kept in float32; a single chunk needs no sum.
+    of_hidden = torch.zeros_like(hidden) if wanted[0] else None
+    of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
+    of_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(positions), rows):
+            here, wished = positions[start : start + rows], targets[start : start + rows].unsqueeze(1)
+            states = hidden[here].to(dtype)  # (C, H)
+            logits = shaping.logits(linear(states, matrix, offset).float())  # (C, V)
+            logarithms = torch.log_softmax(logits, dim=1)
+            loss -= logarithms.gather(1, wished).sum()
+            if not any(wanted):
+                continue
+            gradient = logarithms.exp_()  # probabilities, which at the targets are 1 too many
+            gradient.scatter_(1, wished, gradient.gather(1, wished) - 1)
+            gradient = shaping.backward(gradient, logits)
+            del logits, logarithms
+            if factor is not None:
+                gradient *= factor
+            if of_bias is not None:
+                of_bias += gradient.sum(dim=0)
+            gradient = gradient.to(dtype)
+            if of_hidden is not None:
+                of_hidden.index_copy_(0, here, (gradient @ matrix).to(hidden.dtype))
+            if of_weight is None:
+                continue
+            if dtype == torch.float32:
+                torch.addmm(of_weight, gradient.t(), states, out=of_weight)
+            elif whole:
+                of_weight = gradient.t() @ states
+            else:
+                of_weight += gradient.t() @ states
+    return loss, (
+        of_hidden,
+        None if of_weight is None else of_weight.to(weight.dtype),
+        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+    )

@@ -8,14 +8,14 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmft_core.errors import LlmftError, one_line
-from llmft_core.train.cluster import Cluster, capacity_problems, nodes_now, without
+from llmft_core.train.cluster import Cluster, Node, capacity_problems, nodes_now, without
 from llmft_core.train.failures import Watch, how_it_died
 from llmft_core.train.job import Job
 from llmft_core.train.joining import Joining
@@ -123,6 +123,8 @@ def rank_main(config: dict[str, Any]) -> None:
         if folders is None:
             folders = config["joining"].folders(node, config["mailbox"])
         job = Job.from_json({**config["job"], **folders}).for_world_size(world_size)
+        if config["threads"]:
+            take_threads(config["threads"])
         with Lookout(config["mailbox"], reporter.send) if rank == 0 else nullcontext() as lookout:
             train_rank(job, rank, reporter, lookout.asked if lookout is not None else lambda: False, again=again)
     except Exception as error:
@@ -190,11 +192,12 @@ def train_on_ray(
         mailbox.stop.remote()
 
     on_gpu = job.placement.device == "cuda"
+    config = {"job": job.to_json(), "folders": dict(folders), "joining": joining, "mailbox": mailbox}
     with tempfile.TemporaryDirectory(prefix="llmft-ray-") as scratch:
         make_trainer = partial(
             Trainer,
             rank_main,
-            train_loop_config={"job": job.to_json(), "folders": dict(folders), "joining": joining, "mailbox": mailbox},
+            train_loop_config={**config, "threads": 0 if ours or not on_gpu else threads_beside_gpus(cluster.nodes)},
             scaling_config=ScalingConfig(
                 num_workers=(workers.fewest, workers.most) if elastic else workers.most,
                 # Only where workers start anyway: to stop a run for one node more costs what was done since its state.
@@ -267,5 +270,21 @@ def torch_config(backend: str, timeout: int) -> Any:
 
 
 def threads(cluster: Cluster, job: Job) -> int:
-    """Cores of a worker, as many as Ray lets it have threads: all of a machine that is ours alone."""
+    """Cores of a worker, as many as Ray lets it have threads: all of a machine that is ours alone. Elsewhere one:
+    others use cores too, and a worker that asks for more than are free waits for ever."""
     return max(1, cluster.cpus // job.placement.world_size) if cluster.address == "local" else 1
+
+
+def threads_beside_gpus(nodes: Iterable[Node]) -> int:
+    """Threads of a rank on a GPU of a cluster elsewhere, whatever it asked Ray for: a GPU's share of its node's cores,
+    on the node where it is smallest, so that all ranks have as many (an offloaded AdamW computes with them)."""
+    return max(1, min((node.cpus // node.gpus for node in nodes if node.gpus), default=1))
+
+
+def take_threads(count: int) -> None:
+    """For this thread and those that it starts. Ray has set OMP_NUM_THREADS to the one core that the worker asked for;
+    another number is a user's own, and stays."""
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(count)

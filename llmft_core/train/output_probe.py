@@ -28,10 +28,7 @@ LARGEST = 100.0
 
 
 def find_output_layer(job: Job, engine: Engine, device: torch.device) -> tuple[OutputLayer, str]:
-    """The output layer with its way, the same on all ranks, and what a user should know of it, or nothing. Collective.
-
-    In fp16 no chunk's gradients are computed before the loss scale is known: small ones would be 0.
-    """
+    """The output layer with its way, the same on all ranks, and what a user should know of it or "". Collective."""
     output = OutputLayer(engine.bare_model)
     tokens = max(2, min(TOKENS, job.plan.context_length))
     ids = torch.arange(1, ROWS * tokens + 1).view(ROWS, tokens) * 7 % job.vocabulary
@@ -48,14 +45,14 @@ def find_output_layer(job: Job, engine: Engine, device: torch.device) -> tuple[O
     with torch.no_grad():
         expected = loss_sum(engine.model, ids, labels, None, output)
         usual, difference = observe(engine, ids, output)
-        plain = type(output.layer) is torch.nn.Linear and job.placement.precision != "fp16"
+        plain = type(output.layer) is torch.nn.Linear
         if not (usual and ((agreed(difference, tolerance) and plain and same_loss("loss")) or same_loss("positions"))):
             output.way = "all"
     engine.model.train()
     name = type(engine.bare_model).__name__
     if output.way == "all":
         return output, f"{name}: logits are computed of prompts and padding too, for its output layer is unusual"
-    if output.way == "positions" and job.placement.precision != "fp16":
+    if output.way == "positions":
         return output, f"{name}: all logits of a micro-batch are in memory at once, for its output layer is unusual"
     return output, ""
 

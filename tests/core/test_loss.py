@@ -115,6 +115,54 @@ def test_in_bf16_the_weights_gradient_is_as_exact_as_that_of_all_logits(way: str
     assert 0 < off <= 1.2 * float((their["lm_head.weight"] - exact["lm_head.weight"]).norm())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_fp16_gradients_under_a_loss_scale_are_as_exact_as_those_of_all_logits(
+    autocast: bool, small_chunks: int
+) -> None:
+    import torch
+
+    model, (ids, labels) = model_of("llama"), rows_of()
+    _, exact = loss_and_gradients(model, plain_loss(model, ids, labels))
+    model = model if autocast else model.half()
+    scale = 2.0**6
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        plain, their = loss_and_gradients(model, plain_loss(model, ids, labels) * scale)
+        loss, gradients = loss_and_gradients(model, ours(model, ids, labels, "loss") * scale)
+    assert loss == pytest.approx(plain, rel=1e-3)
+    for name, gradient in exact.items():
+        off = float((gradients[name].float() / scale - gradient).norm())
+        assert off <= 1.2 * float((their[name].float() / scale - gradient).norm()), name
+
+
+def test_in_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
+    """Of a model that is certain and right they are too small for fp16 until then."""
+    import torch
+
+    from llmft_core.train.chunked_loss import Shaping, chunked_loss
+
+    hidden, weight = (18 * torch.eye(8)).half().requires_grad_(), torch.eye(8).half().requires_grad_()
+    numbers = torch.arange(8)
+    (chunked_loss(hidden, weight, None, numbers, numbers, Shaping()) * 2.0**16).backward()
+    exact = torch.softmax(18 * torch.eye(8, dtype=torch.float64), dim=1) - torch.eye(8)
+    assert float(exact.abs().max()) < 2.0**-22
+    assert not exact.fill_diagonal_(0).half().any()
+    for gradient, expected in ((hidden.grad, exact), (weight.grad, 18 * exact)):
+        apart = ~torch.eye(8, dtype=torch.bool)
+        assert gradient[apart].double().numpy() == pytest.approx((expected * 2.0**16)[apart].numpy(), rel=1e-3)
+
+
+def test_in_fp16_a_scale_that_is_too_large_leaves_no_finite_gradient(small_chunks: int) -> None:
+    """So the loss scaler sees it, and lowers the scale."""
+    import torch
+
+    model, (ids, labels) = model_of("llama").half(), rows_of()
+    loss, gradients = loss_and_gradients(model, ours(model, ids, labels, "loss") * 2.0**20)
+    assert np.isfinite(loss)
+    assert not torch.isfinite(gradients["lm_head.weight"]).all()
+    _, gradients = loss_and_gradients(model, ours(model, ids, labels, "loss") * 2.0**6)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
 def test_where_nothing_is_trained_the_loss_is_0_and_every_parameter_has_a_gradient_of_0() -> None:
     model, (ids, labels) = model_of("llama"), rows_of(trained=0)
     loss, gradients = loss_and_gradients(model, ours(model, ids, labels, "loss"))
@@ -133,8 +181,10 @@ def test_a_frozen_output_layer_gets_no_gradient_and_the_rest_the_same() -> None:
     assert float((embedding - expected["model.embed_tokens.weight"]).abs().max()) <= 1e-5 * float(embedding.abs().max())
 
 
-def test_no_logits_are_made_but_those_of_a_chunk(small_chunks: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_logits_are_made_but_those_of_a_chunk(dtype: str, small_chunks: int) -> None:
     """Counted in every operation of the forward and the backward pass."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -151,7 +201,7 @@ def test_no_logits_are_made_but_those_of_a_chunk(small_chunks: int) -> None:
                     self.most = max(self.most, tensor.numel() // VOCABULARY)
             return made
 
-    model, (ids, labels) = model_of("llama"), rows_of()
+    model, (ids, labels) = model_of("llama").to(getattr(torch, dtype)), rows_of()
     with Rows() as chunked:
         ours(model, ids, labels, "loss").backward()
     with Rows() as whole:
@@ -193,5 +243,5 @@ def test_an_unknown_cap_or_another_kind_of_layer_is_noticed(tmp_path: Path) -> N
         "another kind": ("positions", at_once),
         "only every other entry": ("all", padding),
         "no layer": ("all", padding),
-        "fp16": ("positions", ""),
+        "fp16": ("loss", ""),
     }

@@ -142,8 +142,7 @@ class DdpEngine(Engine):
     def counters(self) -> dict[str, float]:
         steps = max((float(kept["step"]) for kept in self._adamw.state.values()), default=0.0)
         scaler = self.accelerator.scaler
-        scale = {} if scaler is None else {f"scaler.{key}": float(value) for key, value in scaler.state_dict().items()}
-        return {"optimizer_steps": steps, **scale}
+        return {"optimizer_steps": steps, **({} if scaler is None else scaler_counters(scaler))}
 
     def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
         import torch
@@ -157,9 +156,7 @@ class DdpEngine(Engine):
             for kind, values in self._kept(parameter).items():
                 read(name, kind, 0, values.view(-1))
         if self.accelerator.scaler is not None:
-            now = self.accelerator.scaler.state_dict()
-            kept = {key: type(value)(counters[f"scaler.{key}"]) for key, value in now.items()}
-            self.accelerator.scaler.load_state_dict(kept)
+            restore_scaler(self.accelerator.scaler, counters)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, parameter) for name, parameter in self._bare.named_parameters() if parameter.requires_grad]
@@ -187,6 +184,21 @@ class DdpEngine(Engine):
 
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)  # a second run in this process starts afresh
+
+
+def scaler_counters(scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """What PyTorch's loss scaler remembers from step to step, in the contract's terms."""
+    kept = scaler.state_dict()
+    return {"loss_scale": float(kept["scale"]), "good_steps": float(kept["_growth_tracker"])}
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, counters: Mapping[str, float]) -> None:
+    """The same, of whatever strategy; what is not there stays as in a new scaler."""
+    now = scaler.state_dict()
+    # It doubles the scale when its count EQUALS the interval: one that began beyond it would never do so.
+    good_steps = min(int(counters.get("good_steps", 0)), scaler.get_growth_interval() - 1)
+    loss_scale = counters.get("loss_scale", now["scale"])
+    scaler.load_state_dict({**now, "scale": loss_scale, "_growth_tracker": good_steps})
 
 
 @hookimpl

@@ -38,13 +38,14 @@ from llmft_plugins.strategies.zero_config import (
 )
 from llmft_plugins.strategies.zero_file import file_problems
 from llmft_plugins.strategies.zero_state import (
-    SCALER,
     gradients_of,
     held,
     let_go,
     make_moments,
     masters_of,
     partition_again,
+    restore_scaler,
+    scaler_counters,
 )
 
 if TYPE_CHECKING:
@@ -181,6 +182,8 @@ class ZeroEngine(Engine):
         stage = self._model.zero_optimization_stage()
         if stage != self.stage:
             raise LlmftError(f"DeepSpeed set up ZeRO stage {stage}, not {self.stage}")
+        if self.placement.precision == "fp16":  # else an exception of DeepSpeed's ends the run before llmft's own guard
+            self._zero.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def model(self) -> torch.nn.Module:
@@ -236,9 +239,8 @@ class ZeroEngine(Engine):
 
     def counters(self) -> dict[str, float]:
         steps = max((float(kept.get("step", 0.0)) for kept in self._zero.optimizer.state.values()), default=0.0)
-        scaler = self._zero.loss_scaler
-        remembered = SCALER if self.placement.precision == "fp16" else ()
-        return {"optimizer_steps": steps, **{f"scaler.{field}": float(getattr(scaler, field)) for field in remembered}}
+        scale = scaler_counters(self._zero.loss_scaler) if self.placement.precision == "fp16" else {}
+        return {"optimizer_steps": steps, **scale}
 
     def restore(self, read: ReadFragment, counters: Mapping[str, float]) -> None:
         moments = bool(counters["optimizer_steps"])
@@ -255,9 +257,8 @@ class ZeroEngine(Engine):
                 parameter.ds_tensor.data.view(-1)[: len(kinds["master"])].copy_(kinds["master"])
         if self.stage == 2:
             self._zero.update_lp_params()
-        for field in SCALER if self.placement.precision == "fp16" else ():
-            as_it_was = type(getattr(self._zero.loss_scaler, field))
-            setattr(self._zero.loss_scaler, field, as_it_was(counters[f"scaler.{field}"]))
+        if self.placement.precision == "fp16":
+            restore_scaler(self._zero.loss_scaler, counters)
 
     def _moments_exist(self) -> bool:
         return any("exp_avg" in kept for kept in self._zero.optimizer.state.values())

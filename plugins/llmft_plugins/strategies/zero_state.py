@@ -5,6 +5,7 @@ Nothing is gathered: `safe_get_full_*`, the public way, gives every tensor to ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from inspect import getclosurevars
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,25 @@ if TYPE_CHECKING:
     import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of AdamW's moments
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What the dynamic loss scaler of fp16 remembers from step to step."""
+
+
+def scaler_counters(scaler: Any) -> dict[str, float]:
+    """What DeepSpeed's dynamic loss scaler remembers from step to step, in the contract's terms, and `hysteresis`: it
+    lowers the scale at an overflow that finds it at 1, and another one takes 1 from it."""
+    good = scaler.cur_iter - scaler.last_overflow_iter - 1  # since an overflow; each full window of them doubles
+    good_steps = (good - 1) % scaler.scale_window + 1 if good else 0
+    return {
+        "loss_scale": float(scaler.cur_scale),
+        "good_steps": float(good_steps),
+        "hysteresis": float(scaler.cur_hysteresis),
+    }
+
+
+def restore_scaler(scaler: Any, counters: Mapping[str, float]) -> None:
+    """The same, of whatever strategy; what is not there stays as in a new scaler."""
+    scaler.cur_scale = counters.get("loss_scale", scaler.cur_scale)
+    scaler.cur_iter, scaler.last_overflow_iter = int(counters.get("good_steps", 0)), -1
+    scaler.cur_hysteresis = int(counters.get("hysteresis", scaler.cur_hysteresis))
 
 
 def held(
