@@ -31,18 +31,17 @@ from llmft_core.preflight import (
     storage_problems,
     tracker_problems,
 )
+from llmft_core.sizes import checkpoint_bytes, hidden_size, staged_bytes
 from llmft_core.storage.places import Places
 from llmft_core.train.cluster import Cluster, survey
 from llmft_core.train.job import Job
-from llmft_core.train.method import Share, setting_of, trial
+from llmft_core.train.method import Share, has_dropout, setting_of, trial
 from llmft_core.values import Conversation, ModelSize, Placement, RowProblem, Setting
 from llmft_core.weights.cache import cache_folder
 from llmft_core.weights.stage import ModelFolder, stage_model
 from llmft_core.weights.tokenizer import fingerprint, load_tokenizer, save_tokenizer, tokenizer_folder
 
 T = TypeVar("T")
-
-BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -164,36 +163,6 @@ def share_of(method: Method, model: ModelFolder, size: ModelSize, vocabulary: in
     return trial(method, model.path, vocabulary, setting) if method.freezes else Share(size.parameters, adapter=False)
 
 
-def checkpoint_bytes(plan: RunPlan, size: ModelSize, share: Share) -> int:
-    """Bytes of the weights of one checkpoint: of the model, or of an adapter, which is written in fp32."""
-    if share.adapter:
-        return share.trained * BYTES_OF["fp32"]
-    return size.parameters * BYTES_OF[written_type(plan)]
-
-
-def staged_bytes(plan: RunPlan, size: ModelSize, share: Share, cluster: Cluster, placement: Placement) -> int:
-    """Bytes that may lie in the cache of one node while they are uploaded: two checkpoints, and what its ranks hold of
-    a state (master weights and two moments, in fp32)."""
-    state = 3 * BYTES_OF["fp32"] * share.trained if plan.state.every_steps or plan.state.every_minutes else 0
-    together = max(node.gpus if placement.device == "cuda" else node.cpus for node in cluster.nodes)
-    here = min(placement.world_size, max(1, together))  # ranks of one node, at most
-    return 2 * checkpoint_bytes(plan, size, share) + state * here // placement.world_size
-
-
-def has_dropout(method: Method, config: Mapping[str, Any]) -> bool:
-    """Whether training drops values at random: the method does, or the model by its config.json."""
-    text = config.get("text_config") or config
-    shares = [value for name, value in text.items() if "drop" in name and isinstance(value, float)]
-    return method.dropout > 0 or any(share > 0 for share in shares)
-
-
-def hidden_size(config: Mapping[str, Any]) -> int:
-    """Width of a model's hidden states by its config.json, of text where it knows other things too; 0: it does not
-    say."""
-    text = config.get("text_config") or config
-    return int(next((text[name] for name in ("hidden_size", "n_embd", "d_model") if text.get(name)), 0))
-
-
 @dataclass(frozen=True)
 class Material:
     """What a run is made of: the rows as tokens, and the model and tokenizer that they are for."""
@@ -261,11 +230,6 @@ def special_ids_of(tokenizer: Any, special_tokens: Sequence[str], config: Mappin
     named = {int(tokenizer.convert_tokens_to_ids(token)) for token in special_tokens} - usual
     rows = config.get("text_config", config).get("vocab_size", len(tokenizer))
     return tuple(sorted({*named, *range(rows, len(tokenizer))}))
-
-
-def written_type(plan: RunPlan) -> str:
-    """The type in which weights are written; fp32 while the precision is open."""
-    return plan.checkpoint.dtype if plan.checkpoint.dtype != "auto" else plan.precision or "fp32"
 
 
 def prompting(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,3 +63,10 @@ def trial(method: Method, folder: Path, vocabulary: int, setting: Setting) -> Sh
     model = method.apply(model, setting)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Share(trained, method.adapter(model, setting) is not None)
+
+
+def has_dropout(method: Method, config: Mapping[str, Any]) -> bool:
+    """Whether training drops values at random: the method does, or the model by its config.json."""
+    text = config.get("text_config") or config
+    shares = [value for name, value in text.items() if "drop" in name and isinstance(value, float)]
+    return method.dropout > 0 or any(share > 0 for share in shares)

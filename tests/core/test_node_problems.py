@@ -12,7 +12,8 @@ from llmft_core.catalog import Catalog
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
 from llmft_core.plan_layers import Layer, resolve
-from llmft_core.prepare import make_ready, staged_bytes
+from llmft_core.prepare import make_ready
+from llmft_core.sizes import staged_bytes
 from llmft_core.train.cluster import Cluster, Node
 from llmft_core.train.method import Share
 from llmft_core.values import ModelSize

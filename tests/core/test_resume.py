@@ -16,10 +16,10 @@ from llmft_core.checkpoint.stored_state import StoredState
 from llmft_core.errors import Problems
 from llmft_core.loading import load_plugins
 from llmft_core.plan import RunPlan
-from llmft_core.prepare import has_dropout
 from llmft_core.resume import Point, changes, check_inputs, finished, once_abandoned, other_numbers
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.job import Job
+from llmft_core.train.method import has_dropout
 from llmft_core.values import Placement
 
 SETTINGS = {"workers": 4, "global-batch": 32, "micro-batch": 8, "gpus-per-worker": 0, "name": "x"}

@@ -14,7 +14,7 @@ from llmft_core.extensions import Strategy
 from llmft_core.loading import load_plugins
 from llmft_core.placing import place
 from llmft_core.plan_layers import Layer, resolve
-from llmft_core.prepare import hidden_size
+from llmft_core.sizes import hidden_size
 from llmft_core.train.cluster import Cluster, Node
 from llmft_core.values import Device, Placement
 from llmft_plugins.strategies import zero_file
