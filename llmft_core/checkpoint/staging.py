@@ -69,7 +69,7 @@ class Staging:
         self._unlock()
 
     def _unlock(self) -> None:
-        _lock_file(self.folder).unlink()
+        _lock_file(self.folder).unlink(missing_ok=True)
         self._lock.release()
 
 

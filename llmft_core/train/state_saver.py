@@ -48,6 +48,7 @@ class StateSaver:
         self.background = Background(self._failed)
         self.last = False
         self.name = ""  # of the newest one
+        self.staging: Staging | None = None  # its local files, while they are needed
 
     def save(self, step: int, guards: Mapping[str, Any], last: bool = False) -> None:
         """Copy what this rank holds after optimizer step number `step` (from 1) into host memory; all else happens in
@@ -86,7 +87,7 @@ class StateSaver:
         """This rank's files, in a folder that is discarded once they are published or cannot be. Raises LlmftError;
         nothing stays then."""
         with promised(self.run / name, self.rank):
-            staging = Staging.open(cache_folder(), self.job.plan.name, name)
+            self.staging = staging = Staging.open(cache_folder(), self.job.plan.name, name)
             with staging.writing(name):
                 written = write_fragments(taken, self.rank, staging.folder)
                 if self.rank == 0:
@@ -111,6 +112,7 @@ class StateSaver:
                 size = publish_state(staging.folder, place, self.rank, world_size, files, shapes, facts)
         finally:
             staging.discard()
+            self.staging = None
         if self.rank != 0:
             return
         seconds = time.perf_counter() - started
@@ -145,7 +147,11 @@ class StateSaver:
         if error[0] is None and not self.last:
             self.background.wait()
             self.background.forgive()  # the run came to its end: nobody needs a state of it
-        self.background.__exit__(*error)
+        try:
+            self.background.__exit__(*error)
+        finally:
+            if self.staging is not None:  # Ctrl-C broke its upload off
+                self.staging.discard()
 
 
 def fail(error: LlmftError) -> None:
