@@ -53,12 +53,11 @@ def check_isolation(job: Job, engine: Engine, device: torch.device) -> None:
 def _logits(job: Job, engine: Engine, device: torch.device, samples: list[torch.Tensor]) -> torch.Tensor:
     """Logits (T, V) float32 of a row of samples, the last of several equal rows, called as in training."""
     rows = job.placement.micro_batch
-    joined = joins_rows(engine.bare_model)
-    shape = (1, -1) if joined else (rows, -1)
+    shape = (1, -1) if joins_rows(engine.bare_model) else (rows, -1)
     ids = torch.cat(samples)  # (T,)
     position_ids = torch.cat([torch.arange(len(sample)) for sample in samples])
     inputs = {"input_ids": ids, "position_ids": position_ids}
     repeated = {name: values.repeat(rows).view(shape) for name, values in inputs.items()}
-    beside = lengths(repeated["position_ids"]) if joined and takes_lengths(engine.bare_model) else {}
+    beside = lengths(repeated["position_ids"]) if takes_lengths(engine.bare_model) else {}
     logits = engine.model(**on_device({**repeated, **beside}, device), use_cache=False).logits
     return logits.flatten(0, 1)[-len(ids) :].float()

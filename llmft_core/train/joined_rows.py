@@ -18,8 +18,10 @@ def joins_rows(bare_model: torch.nn.Module) -> bool:
 
 
 def takes_lengths(bare_model: torch.nn.Module) -> bool:
-    """Whether `lengths` may be given to a model: where its forward pass hands on what it does not know itself, as all
-    of transformers' own do that have FlashAttention."""
+    """Whether a model that joins rows is given `lengths` too: where its forward pass hands on what it does not know
+    itself, as all of transformers' own do that have FlashAttention."""
+    if not joins_rows(bare_model):
+        return False
     parameters = inspect.signature(bare_model.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 

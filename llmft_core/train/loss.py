@@ -27,8 +27,7 @@ class Call:
     @classmethod
     def of(cls, output: OutputLayer, bare_model: torch.nn.Module) -> Call:
         """As its kind of attention wants it."""
-        flat = joins_rows(bare_model)
-        return cls(output, flat, lengths=flat and takes_lengths(bare_model))
+        return cls(output, joins_rows(bare_model), takes_lengths(bare_model))
 
 
 def micro_batch_loss(model: torch.nn.Module, batch: MicroBatch, device: torch.device, call: Call) -> torch.Tensor:

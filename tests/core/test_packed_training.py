@@ -50,7 +50,7 @@ def loss_and_gradients(model: Any, batches: list[MicroBatch], flat: bool) -> tup
     model.zero_grad()
     output = OutputLayer(model)
     output.way = "loss"
-    call = Call(output, flat, lengths=flat and takes_lengths(model))
+    call = Call(output, flat, takes_lengths(model))
     loss = sum(micro_batch_loss(model, batch, torch.device("cpu"), call) for batch in batches)
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

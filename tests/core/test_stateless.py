@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from command import altered_llmft
+
 STOPS = """
-import os, signal, sys
-from llmft_core.cli.main import main
+import os, signal
 from llmft_core.train import loop
 from llmft_plugins.strategies.ddp import Ddp, DdpEngine
 
@@ -25,20 +24,15 @@ def stopping(*args):
     return real(*args)
 
 loop.micro_batch_loss = stopping
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_run_without_states_ends_after_its_step(tmp_path: Path) -> None:
-    program = tmp_path / "stops.py"
-    program.write_text(STOPS)
     flags = ["--workers", "0", "--dataset.rows", "16", "--dataset.test-rows", "8", "--global-batch", "2"]
     flags += ["--micro-batch", "2", "--name", "x", "--state.every-minutes", "0"]
-    done = subprocess.run(
-        [sys.executable, str(program), "run", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 143, said
+    done = altered_llmft(STOPS, "run", *flags, folder=tmp_path)
+    said = done.out + done.err
+    assert done.code == 143, said
     assert "SIGTERM: ending after this step, without a state to go on from (its moments are elsewhere); send" in said
     assert "llmft: interrupted: stopped by SIGTERM after optimizer step 3 of " in said
     assert "no checkpoint was complete yet" in said

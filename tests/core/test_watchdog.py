@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import altered_llmft
 from guarding import VOCABULARY
 from hanging_ranks import hang
 from tables import tiny_llama
@@ -111,8 +112,7 @@ def test_one_that_holds_pythons_lock_is_ended_too() -> None:
 
 
 STANDS_STILL = """
-import sys, time
-from llmft_core.cli.main import main
+import time
 from llmft_core.train import loop
 
 passes, real = iter(range(1000)), loop.micro_batch_loss
@@ -123,24 +123,19 @@ def slow(*args):
     return real(*args)
 
 loop.micro_batch_loss = slow
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_run_without_a_cluster_ends_itself(tmp_path: Path) -> None:
-    program = tmp_path / "stands_still.py"
-    program.write_text(STANDS_STILL)
     flags = ["--workers", "0", "--dataset.rows", "16", "--dataset.test-rows", "8", "--global-batch", "2"]
     flags += ["--micro-batch", "2", "--name", "x", "--step-timeout", "5"]
-    done = subprocess.run(
-        [sys.executable, str(program), "run", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1, done.stderr
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("llmft: error")]
+    done = altered_llmft(STANDS_STILL, "run", *flags, folder=tmp_path)
+    assert done.code == 1, done.err
+    (error,) = [line for line in done.errors if line.startswith("llmft: error")]
     assert error.startswith(
         "llmft: error: rank 0 hangs in the forward pass of micro-batch 0 of optimizer step 6, at slow ("
     )
     assert error.endswith("give --step-timeout more; no checkpoint was complete yet")
     stack = tmp_path / "llmft-runs" / "runs" / "x" / "aside" / "step_00006_hung_rank_00000.txt"
     assert "time.sleep(10_000)" in stack.read_text()
-    assert str(stack) in done.stdout
+    assert str(stack) in done.out

@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from command import Answer, altered_llmft
+
 SPOILED = """
-import os, sys
-from llmft_core.cli.main import main
 from llmft_core.train import loop
 
-wrong, real, passes = int(os.environ["WRONG_PASS"]), loop.micro_batch_loss, iter(range(1000))
-loop.micro_batch_loss = lambda *args: real(*args) * (float("nan") if next(passes) == wrong else 1.0)
-sys.exit(main(sys.argv[1:]))
+real, passes = loop.micro_batch_loss, iter(range(1000))
+loop.micro_batch_loss = lambda *args: real(*args) * (float("nan") if next(passes) == WRONG else 1.0)
 """
 FLAGS = ["--workers", "0", "--dataset.rows", "24", "--dataset.test-rows", "8", "--global-batch", "4"]
 FLAGS += ["--micro-batch", "2", "--state.every-steps", "2"]
 
 
-def spoiled(folder: Path, wrong: int, *command: str) -> subprocess.CompletedProcess[str]:
+def spoiled(folder: Path, wrong: int, *command: str) -> Answer:
     """`llmft COMMAND`, in which forward pass `wrong` (from 0) has no number for a loss; two passes are a step."""
-    program = folder / "spoiled.py"
-    program.write_text(SPOILED)
-    return subprocess.run(
-        [sys.executable, str(program), *command],
-        cwd=folder,
-        env={**os.environ, "WRONG_PASS": str(wrong)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return altered_llmft(f"WRONG = {wrong}\n{SPOILED}", *command, folder=folder)
 
 
 def test_a_run_stops_at_such_a_step_and_can_be_taken_past_it(tmp_path: Path) -> None:
     straight = spoiled(tmp_path, 7, "run", *FLAGS, "--name", "straight", "--on-nonfinite", "skip:1")
-    assert straight.returncode == 0, straight.stderr
+    assert straight.code == 0, straight.err
     warning = "warning: optimizer step 4 is not applied on any rank: loss nan, gradient norm nan; not finite: "
-    assert warning in straight.stdout
-    assert "; 1 of 1 such steps that --on-nonfinite allows" in straight.stdout
-    assert "\n1 optimizer step not applied: loss or gradient not finite\n" in straight.stdout
+    assert warning in straight.out
+    assert "; 1 of 1 such steps that --on-nonfinite allows" in straight.out
+    assert "\n1 optimizer step not applied: loss or gradient not finite\n" in straight.out
 
     stopped = spoiled(tmp_path, 7, "run", *FLAGS, "--name", "stopped")
     run = tmp_path / "llmft-runs" / "runs" / "stopped"
     rows = run / "aside" / "step_00004_nonfinite.jsonl"
-    assert stopped.returncode == 1, stopped.stderr
-    (error,) = [line for line in stopped.stderr.splitlines() if line.startswith("llmft: error")]
+    assert stopped.code == 1, stopped.err
+    (error,) = [line for line in stopped.err.splitlines() if line.startswith("llmft: error")]
     assert error.startswith("llmft: error: optimizer step 4 is not applied on any rank: loss nan, gradient norm nan")
     assert f"; not finite: micro-batch 1 of rank 0; the rows are in {rows}: look at these rows" in error
     assert f"--on-nonfinite skip:3; `llmft resume {run}` goes on from state_00000" in error
@@ -60,8 +47,8 @@ def test_a_run_stops_at_such_a_step_and_can_be_taken_past_it(tmp_path: Path) -> 
 
     # The resumed run begins with step 3 of 6, so the wrong pass is its fourth.
     resumed = spoiled(tmp_path, 3, "resume", str(run), "--on-nonfinite", "skip:1")
-    assert resumed.returncode == 0, resumed.stderr
-    assert warning in resumed.stdout
+    assert resumed.code == 0, resumed.err
+    assert warning in resumed.out
     folders = [run.with_name("straight"), run]
     weights = [sorted(folder.glob("checkpoint_*/model.safetensors"))[-1].read_bytes() for folder in folders]
     assert weights[0] == weights[1]

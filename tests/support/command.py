@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,21 @@ def llmft_path() -> str:
 
 def llmft(*args: str, folder: Path, environment: Mapping[str, str] | None = None) -> Answer:
     """Run `llmft ARGS` in a folder."""
+    return _answer([llmft_path(), *args], folder, environment)
+
+
+def altered_llmft(alteration: str, *args: str, folder: Path) -> Answer:
+    """The same, where `alteration` (Python) has run in the process before."""
+    program = folder / "altered.py"
+    program.write_text(
+        f"{alteration}\nimport sys\nfrom llmft_core.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    return _answer([sys.executable, str(program), *args], folder, None)
+
+
+def _answer(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None) -> Answer:
     done = subprocess.run(
-        [llmft_path(), *args],
+        command,
         cwd=folder,
         env={**os.environ, **(environment or {})},
         capture_output=True,

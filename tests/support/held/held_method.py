@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 llmft_api = 1
+LIMIT = 1500  # seconds; as long as the longest test may take
 
 
 class Held(Full):
@@ -38,7 +39,10 @@ class Held(Full):
             if not (module.training and torch.is_grad_enabled()) or next(passes) != wanted or go.exists():
                 return
             go.with_suffix(".held").touch()  # Ray shows no output of ranks
+            deadline = time.monotonic() + LIMIT
             while not go.exists() or (os.environ.get("HELD_UNTIL_TOLD") and is_looking_out()):
+                if time.monotonic() > deadline:  # the test is gone, and nobody would end this process
+                    raise TimeoutError(f"no test lets this rank go on: {go}")
                 time.sleep(0.01)
 
         model.register_forward_pre_hook(stand_still)
