@@ -206,18 +206,23 @@ def test_a_killed_download_continues_in_another_process(
     test, target = remote.path.split("/")[1], tmp_path / "copy"
     proxy.faults = [Fault(lambda head: gets(head) and proxy.count(b"GET") > 24, 1000, hang=True)]
     first = in_process(code, proxy.url, test, str(target))
-    wait_for(lambda: proxy.answered >= 24 * MIB)
+    journal = tmp_path / ".copy.part.journal"
+
+    def noted() -> int:
+        """Chunks; all that came in front of the first one that hangs are noted in the end."""
+        return len(journal.read_bytes().split(b"\n")[1:-1]) if journal.exists() else 0
+
+    wait_for(lambda: noted() > 24 - 4)  # of 24 answers, 3 may belong to chunks behind the one that hangs
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".copy.part", ".copy.part.journal"]
-    proxy.faults, before = [], proxy.answered
+    there, proxy.faults, before = noted(), [], proxy.answered
     second = in_process(code, proxy.url, test, str(target))
     assert second.communicate()[0].strip() == sha256(content)
     assert target.read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     fetched = proxy.answered - before
-    # 24 MiB had come: of them 4 chunks may have been on the way, and as many may wait for one before them
-    assert fetched <= (32 - 24 + 8) * MIB, f"{fetched / MIB:.1f} MiB were fetched again"
+    assert fetched < (32 - there) * MIB + MIB / 2, f"{fetched / MIB:.1f} MiB came, {there} were there"
 
 
 def test_what_was_interrupted_is_begun_anew_when_the_object_is_another(
