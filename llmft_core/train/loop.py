@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,16 @@ Save = Callable[[int, int, dict[str, float]], None]
 """Write a checkpoint after (optimizer steps done, epoch, metrics). Collective."""
 
 
-SaveState = Callable[[int, Mapping[str, Any], bool], None]
-"""Write a state after (optimizer steps done, `Guards.memory`). Called on all ranks; not collective."""
+class States(Protocol):
+    """What takes a rank's states."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part of one is still being written or published."""
+
+    def save(self, step: int, guards: Mapping[str, Any], last: bool = False) -> None:
+        """Take one after optimizer step number `step` (from 1), with `Guards.memory`; `last`: the run ends here. Called
+        on all ranks; not collective."""
 
 
 AskedToStop = Callable[[], bool]
@@ -49,7 +57,7 @@ def train(
     rank: int,
     reporter: Reporter,
     save: Save,
-    save_state: SaveState | None = None,
+    states: States | None = None,
     put_aside: PutAside | None = None,
     watchdog: Watchdog | None = None,
     asked_to_stop: AskedToStop = lambda: False,
@@ -105,22 +113,23 @@ def train(
             watchdog.at(step + 1, f"the data of micro-batch {number + 1}")
         watchdog.at(step + 1, "the application of the step")
         outcome = engine.step()
-        # Rank 0's clock decides for all when a state is due, it alone is asked to stop, and its word travels with the
-        # loss.
+        # Rank 0's clock decides for all when a state is due, and it alone is asked to stop; a state that is due by the
+        # clock waits until every rank is done with the one before. All this travels with the loss.
         minutes = (time.monotonic() - state_written) / 60
         by_time = rank == 0 and bool(plan.state.every_minutes) and minutes >= plan.state.every_minutes
-        word = torch.tensor([float(by_time), float(rank == 0 and asked_to_stop())], device=device)
+        busy = states is not None and states.busy
+        word = torch.tensor([by_time, busy, rank == 0 and asked_to_stop()], dtype=torch.float32, device=device)
         summed = torch.cat([loss.view(1), word])
         watchdog.at(step + 1, "the sum of the losses")
         dist.all_reduce(summed)
-        loss, state_due, stopping = summed[0], bool(summed[1]), bool(summed[2])
+        total, by_time, busy, stopping = summed.tolist()
         watchdog.saving(step + 1, "the check of the step")  # it may write rows into storage
-        guards.check(step, rows, float(loss), outcome, shares)
+        guards.check(step, rows, total, outcome, shares)
         watchdog.met()
 
         seconds = time.perf_counter() - started
         latest = {
-            "train/loss": float(loss),
+            "train/loss": total,
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
             "train/tokens_per_second": real_tokens(data.train, rows) / seconds,
@@ -144,9 +153,9 @@ def train(
         if due["save"]:
             watchdog.saving(done, "a checkpoint")
             save(done, epoch, latest)
-        if save_state is not None and (due["state"] or state_due or stopping) and done < job.total_steps:
+        if states is not None and (due["state"] or (by_time and not busy) or stopping) and done < job.total_steps:
             watchdog.saving(done, "a state")
-            save_state(done, guards.memory, stopping)
+            states.save(done, guards.memory, stopping)
             state_written = time.monotonic()
         if stopping:
             return

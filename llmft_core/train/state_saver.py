@@ -50,6 +50,11 @@ class StateSaver:
         self.name = ""  # of the newest one
         self.staging: Staging | None = None  # its local files, while they are needed
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part of the newest one is still being written or published."""
+        return self.background.busy
+
     def save(self, step: int, guards: Mapping[str, Any], last: bool = False) -> None:
         """Copy what this rank holds after optimizer step number `step` (from 1) into host memory; all else happens in
         the background. `guards`: `Guards.memory`; `last`: the run ends here, and goes on from this state or not at

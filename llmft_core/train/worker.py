@@ -93,7 +93,7 @@ def train_rank(
                 rank,
                 saver,
                 saver.save,
-                states.save if not strategy.state_problem() else None,
+                states if not strategy.state_problem() else None,
                 put_aside(run, partial(tell, "warning")),
                 watchdog,
                 asked_to_stop,

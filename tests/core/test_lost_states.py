@@ -1,14 +1,14 @@
-"""A state that cannot be published takes no run down: it is told when it happens, and the next one is taken."""
+"""A state that cannot be published takes no run down, and one that is late keeps no run waiting."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from lost_states import take_two
 from ranks import on_ranks
 from resuming import VOCABULARY, Case
 from tables import tiny_llama
+from taking_states import take_two, train_beside_a_slow_upload
 
 
 @pytest.mark.parametrize("spoilt", ["store", "disk"])
@@ -30,3 +30,11 @@ def test_training_goes_on_and_the_next_state_is_complete(spoilt: str, tmp_path: 
     if spoilt == "disk":
         assert not (run / "state_00000").exists(), "what there was of it is gone from the storage too"
     assert list((tmp_path / "cache" / "staging").iterdir()) == [], "half a state is of no use to anybody"
+
+
+def test_one_that_is_due_by_the_clock_waits_for_the_upload_before_it_and_training_does_not(tmp_path: Path) -> None:
+    base, run = tiny_llama(tmp_path / "base", VOCABULARY), tmp_path / "run"
+    case = Case("ddp", "fp32", str(base), 2, str(run), 0, total=8, at=0)
+    steps, _ = on_ranks(2, train_beside_a_slow_upload, case, 5, tmp_path / "cache")
+    assert steps[0] == 1
+    assert steps[1] in (5, 6), "training had come so far, and did not wait"

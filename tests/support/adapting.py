@@ -100,7 +100,7 @@ def train_adapter(rank: int, cases: list[tuple[Any, str, int, str, str, dict[str
             Saver(job, engine, rank, recorder, place, start) as saver,
             StateSaver(job, engine, rank, saver, place, saver.background) as states,
         ):
-            train(job, engine, data, rank, saver, saver.save, states.save)  # type: ignore[arg-type]
+            train(job, engine, data, rank, saver, saver.save, states)  # type: ignore[arg-type]
         ended = engine.gathered(list(adapter.tensors), torch.float32)
         engine.model.eval()
         with torch.no_grad():

@@ -64,7 +64,7 @@ def guarded(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     rank,
                     recorder,
                     lambda *_: None,
-                    states.save,
+                    states,
                     put_aside(run, recorder.warn),
                 )
         except LlmftError as raised:

@@ -113,7 +113,7 @@ def train_on(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
             )
         recorder = Recorder()
         with StateSaver(job, engine, rank, recorder, place) as states:
-            train(job, engine, data, rank, recorder, lambda *_: None, states.save)  # type: ignore[arg-type]
+            train(job, engine, data, rank, recorder, lambda *_: None, states)  # type: ignore[arg-type]
         answers.append(
             {
                 "loss": [event["metrics"]["train/loss"] for event in recorder.events if event["kind"] == "metrics"],
