@@ -1,46 +1,25 @@
-"""Files, folders, URIs, the hub and generators → rows with their lines."""
+"""Files, folders, URIs and generators → rows with their lines."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_rows import Plain, rows_of, write_parquet
 
-from llmft_core import Conversation, DatasetFormat, InputError, Options, RowProblem, SourceOptions, Split
+from llmft_core import InputError, Options, RowProblem, SourceOptions, Split
 from llmft_core.catalog import Catalog
 from llmft_core.data.blocks import cut_lines
-from llmft_core.data.hub import fetch_from_hub
 from llmft_core.data.rows import Row, parse_json_row
 from llmft_core.data.sources import SplitSource, find_sources
 from llmft_core.loading import load_plugins
 from llmft_core.storage.places import Places
-
-
-class Plain(DatasetFormat):
-    name = "plain"
-    summary = "rows as they are"
-    options_type = SourceOptions
-
-    def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
-        return Conversation(())
-
-
-class OnHub(Plain):
-    hub_id = "openai/gsm8k"
-    hub_files = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}  # noqa: RUF012
 
 
 class Made(Plain):
@@ -57,17 +36,6 @@ def plain(**options: Any) -> Plain:
 def jsonl_rows(file: io.BytesIO) -> Iterator[tuple[int, Row]]:
     for block in cut_lines(0, file):
         yield from block.rows()
-
-
-def rows_of(source: SplitSource) -> list[tuple[str, Any]]:
-    return [(str(origin), row) for origin, row in source.rows(source.digest())]
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
 # --- lines --------------------------------------------------------------------------------------------------------
@@ -386,154 +354,3 @@ def test_what_is_no_parquet_and_what_changes_while_it_is_read(tmp_path: Path) ->
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(InputError, match=r"--dataset.train: cannot read .*: No such file"):
         source.digest()
-
-
-# --- the hub ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def stub_hub(files: Mapping[str, bytes]) -> Iterator[str]:
-    """A hub that has these files, by path of the URL, and knows no other repository."""
-
-    class Hub(BaseHTTPRequestHandler):
-        def answer(self, body: bool) -> None:
-            path = self.path.partition("?")[0]
-            content = files.get(path)
-            if path.startswith("/api/datasets/") and path.endswith("/tree/main"):
-                base = f"{path.removeprefix('/api').removesuffix('/tree/main')}/resolve/main/"
-                inside = [name.removeprefix(base) for name in files if name.startswith(base)]
-                listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in inside]
-                content = json.dumps(listed).encode() if listed else None
-            self.send_response(200 if content is not None else 404)
-            if content is None:
-                known = any(path.split("/resolve/")[0] == self.path.split("/resolve/")[0] for path in files)
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            if body:
-                self.wfile.write(content or b"")
-
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-READ = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_sources import OnHub, SourceOptions, InputError, find_sources, rows_of
-option = "train" if sys.argv[2].startswith("hf://") else "source"
-try:
-    sources = find_sources(OnHub(SourceOptions.model_validate({option: sys.argv[2]})), None)
-    for split, source in sources.items():
-        print(split, rows_of(source))
-except InputError as error:
-    print("InputError", error)
-"""
-
-
-def read_in_a_process(endpoint: str, home: Path, source: str = "", **env: str) -> str:
-    """In a process of its own, because the hub's client reads the environment when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **env}
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(Path(__file__).parent), source],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
-def test_the_hub_is_the_default_source_and_is_cached(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", [{"question": "q", "answer": "a"}])
-    write_parquet(tmp_path / "test.parquet", [{"question": "t", "answer": "b"}])
-    base = "/datasets/openai/gsm8k/resolve/main/main"
-    files = {
-        f"{base}/{split}-00000-of-00001.parquet": (tmp_path / f"{split}.parquet").read_bytes()
-        for split in ("train", "test")
-    }
-    files["/datasets/me/mine/resolve/main/train.jsonl"] = b'{"question": "mine"}\n'
-    home = tmp_path / "hub"
-    expected = "\n".join(
-        f"{split} [('hf://datasets/openai/gsm8k/main/{split}-00000-of-00001.parquet:1', "
-        f"{{'question': '{question}', 'answer': '{answer}'}})]"
-        for split, question, answer in (("train", "q", "a"), ("test", "t", "b"))
-    )
-    with stub_hub(files) as endpoint:
-        assert read_in_a_process(endpoint, home) == expected
-        own = read_in_a_process(endpoint, home, "me/mine")
-        assert own == "train [('hf://datasets/me/mine/train.jsonl:1', {'question': 'mine'})]"
-        unknown = read_in_a_process(endpoint, home, "me/unknown")
-        assert unknown.startswith("InputError --dataset.source: there is no folder me/unknown here and no dataset")
-    assert read_in_a_process(endpoint, home) == expected  # the server is gone
-    assert read_in_a_process(endpoint, home, HF_HUB_OFFLINE="1") == expected
-    away = read_in_a_process(endpoint, tmp_path / "other")
-    assert away == (
-        f"InputError --dataset.source: openai/gsm8k/main/train-00000-of-00001.parquet is not in the hub's cache and "
-        f"{endpoint} is out of reach; give your own copy with --dataset.source FOLDER"
-    )
-
-
-def test_shards_on_the_hub(tmp_path: Path) -> None:
-    base, home = "/datasets/me/mine/resolve/main", tmp_path / "hub"
-    files = {f"{base}/README.md": b"# mine"}
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
-        files[f"{base}/data/{name}.jsonl"] = json.dumps({"f": name}).encode()
-    train = [
-        f"('hf://datasets/me/mine/data/train-0000{n}-of-00002.jsonl:1', {{'f': 'train-0000{n}-of-00002'}})"
-        for n in (0, 1)
-    ]
-    test = "test [('hf://datasets/me/mine/data/test-00000-of-00001.jsonl:1', {'f': 'test-00000-of-00001'})]"
-    with stub_hub(files) as endpoint:
-        one = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-00001-of-00002.jsonl")
-        assert one == f"train [{train[1]}]"
-        offline = read_in_a_process(endpoint, home, "me/mine", HF_HUB_OFFLINE="1")
-        assert offline == ("InputError --dataset.source: me/mine: train-00000-of-00002 is missing (1 of 2 are there)")
-        assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
-        some = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
-        assert some == f"train [{', '.join(train)}]"
-        none = read_in_a_process(endpoint, home, "hf://datasets/me/mine/train-*.jsonl")
-        assert none == (
-            "InputError --dataset.train: the hub repository me/mine has no .jsonl, .jsonl.gz, .jsonl.zst or .parquet "
-            "file train-*.jsonl"
-        )
-    assert read_in_a_process(endpoint, home, "me/mine") == f"train [{', '.join(train)}]\n{test}"
-    unknown = read_in_a_process(endpoint, home, "hf://datasets/me/mine/data/train-*.jsonl")
-    assert unknown == (
-        "InputError --dataset.train: hf://datasets/me/mine/data/train-*.jsonl: which files match is not known without "
-        "the hub: name them"
-    )
-
-
-def test_a_repository_without_rows(tmp_path: Path) -> None:
-    files = {"/datasets/me/mine/resolve/main/README.md": b"# mine"}
-    with stub_hub(files) as endpoint:
-        assert read_in_a_process(endpoint, tmp_path, "me/mine") == (
-            "InputError --dataset.source: the hub repository me/mine has no train file (.jsonl, .jsonl.gz, .jsonl.zst "
-            "or .parquet) in its root or in data/: name one with --dataset.train hf://datasets/me/mine/PATH, or give a "
-            "folder with --dataset.source FOLDER"
-        )
-
-
-def test_offline_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"^--dataset.source: .* HF_HUB_OFFLINE is set; give your own copy .*FOLDER$"):
-        fetch_from_hub("nobody/nothing", "train.jsonl")

@@ -17,7 +17,8 @@ TOKEN = "hf_good"
 
 @contextmanager
 def hub(repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """Serves folders as repositories. Yields the endpoint and a list that fills with what was asked for (`GET /…`)."""
+    """Serves folders as repositories, of models (`owner/name`) and of datasets (`datasets/owner/name`). Yields the
+    endpoint and a list that fills with what was asked for (`GET /…`)."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -40,14 +41,15 @@ def hub(repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             asked.append(f"{self.command} {path}")
-            parts = path.strip("/").split("/")
-            api = parts[:2] == ["api", "models"]
-            repository = "/".join(parts[2:4] if api else parts[:2])
+            api = path.startswith("/api/")
+            parts = path.removeprefix("/api").removeprefix("/models").strip("/").split("/")
+            named = 3 if parts[0] == "datasets" else 2
+            repository, parts = "/".join(parts[:named]), parts[named:]
             folder = repositories.get(repository)
             if folder is None:
                 message = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
                 self.json({"error": "Repository not found"}, 404, **message)
-            elif api and parts[4:5] == ["tree"]:
+            elif api and parts[:1] == ["tree"]:
                 files = sorted(file for file in folder.rglob("*") if file.is_file())
                 self.json(
                     [
@@ -68,8 +70,8 @@ def hub(repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[
             elif repository in gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 message = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted"}
                 self.json({"error": "gated"}, 403, **message)
-            else:  # /owner/name/resolve/COMMIT/path
-                file = folder / "/".join(parts[4:])
+            else:  # resolve/COMMIT/path
+                file = folder / "/".join(parts[2:])
                 if not file.is_file():
                     self.json({}, 404, **{"X-Error-Code": "EntryNotFound"})
                     return
