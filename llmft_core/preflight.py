@@ -17,6 +17,8 @@ from llmft_core.errors import InputError, Problem, Problems
 from llmft_core.loading import load_plugins
 from llmft_core.plan import SINGLE_KINDS, RunPlan
 from llmft_core.storage.check_storage import probe
+from llmft_core.storage.lease import NAME as LEASE
+from llmft_core.storage.lease import refuse_if_held
 from llmft_core.storage.places import Place, Places
 from llmft_core.storage.transfer import delete, list_files, write_bytes
 from llmft_core.train.cluster import Cluster, Node, on_each_node
@@ -30,12 +32,22 @@ def storage_problems(plan: RunPlan, places: Places, *, new: bool = True) -> list
     try:
         runs = places.runs()
         probe(runs)
-        if new and plan.name and list_files(runs / plan.name):
-            return [
-                Problem("name", f"{(runs / plan.name).uri} exists already: choose another --name, or remove that run")
-            ]
+        if new and plan.name:
+            return name_problems(runs / plan.name)
     except InputError as error:
         return [Problem("storage", str(error))]
+    return []
+
+
+def name_problems(run: Place) -> list[Problem]:
+    """Whether a new run may take this folder. A lease that nobody holds is left of a process that was killed before it
+    had begun its run, and none of a run."""
+    if [name for name in list_files(run) if name != LEASE]:
+        return [Problem("name", f"{run.uri} exists already: choose another --name, or remove that run")]
+    try:
+        refuse_if_held(run)
+    except InputError as error:
+        return [Problem("", str(error))]
     return []
 
 

@@ -40,9 +40,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str], folder: Path) -
     from llmft_core.run import run
 
     if own.resume:
-        plan, point = begun(plan, given.catalog)
+        point = find_or_free(plan, given.catalog)
         if point is not None:
-            return resume.go_on(plan, given, point)
+            return resume.go_on(as_begun(plan, point, given.catalog), given, point)
     outcome = run(plan, given.catalog, debug=given.debug)
     for line in summary(outcome):
         print(line)
@@ -60,18 +60,31 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def begun(plan: RunPlan, catalog: Catalog) -> tuple[RunPlan, Point | None]:
-    """Where the run of the plan's name goes on, and the plan with what the run has decided; None where it was never
-    begun. Raises Problems where it was begun with another plan."""
-    from llmft_core.placing import absolute_folder
-    from llmft_core.resume import changes, decided, find_begun
+def find_or_free(plan: RunPlan, catalog: Catalog) -> Point | None:
+    """Where the run of the plan's name goes on; None where it was never begun and nobody is about to begin it. Raises
+    InputError."""
+    from llmft_core.resume import find_begun
+    from llmft_core.storage.lease import clear, wait_for_a_sign
     from llmft_core.storage.places import Places
 
     if not plan.name:
         raise InputError("resume: auto goes on with the run of a name: give --name NAME, the same one each time")
-    point = find_begun(Places(catalog, plan.storage, plan.backends).runs() / plan.name)
-    if point is None:
-        return plan, None
+    run = Places(catalog, plan.storage, plan.backends).runs() / plan.name
+    point = find_begun(run)
+    if point is not None:
+        return point
+    # Whoever has a lease and no run was killed before it could begin, or is about to.
+    dead = wait_for_a_sign(run, lambda text: print(f"… {text}", flush=True))
+    if dead is not None:
+        clear(run, dead)
+    return find_begun(run)
+
+
+def as_begun(plan: RunPlan, point: Point, catalog: Catalog) -> RunPlan:
+    """The plan with what the run has decided. Raises Problems where it was begun with another one."""
+    from llmft_core.placing import absolute_folder
+    from llmft_core.resume import changes, decided
+
     if not family_of_name(plan.model.name, catalog):
         plan = plan.model_copy(update={"model": absolute_folder(plan.model)})
     plan = RunPlan.from_json(decided(plan.to_json(), point.plan))
@@ -79,4 +92,4 @@ def begun(plan: RunPlan, catalog: Catalog) -> tuple[RunPlan, Point | None]:
     if changed:
         problems = [Problem("", line) for line in changed]
         raise Problems(problems, f"{point.run.uri} was begun with another plan; give what it had, or another --name:")
-    return plan, point
+    return plan

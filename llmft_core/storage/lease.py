@@ -61,6 +61,19 @@ def holder_of(run: Place) -> Holder | None:
     return found if found is not None and not found.gone else None
 
 
+def refuse_if_held(run: Place) -> None:
+    """Raises InputError where another process writes the run."""
+    other = holder_of(run)
+    if other is not None:
+        raise _refusal(run, other)
+
+
+def clear(run: Place, dead: Holder) -> None:
+    """Removes the lease of a process that `wait_for_a_sign` found dead, unless it is another's by now."""
+    if _read(run) == dead:
+        delete(run / NAME)
+
+
 def wait_for_a_sign(run: Place, say: Callable[[str], None]) -> Holder | None:
     """Whether the process that holds the lease is still there: wait until it renews it, for `TTL` seconds at most.
     `say` is called once with what is waited for.

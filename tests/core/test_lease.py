@@ -18,8 +18,9 @@ from servers import S3Server
 from llmft_core.catalog import Catalog
 from llmft_core.errors import InputError, LlmftError, Terminated
 from llmft_core.loading import load_plugins
+from llmft_core.preflight import name_problems
 from llmft_core.storage import lease as module
-from llmft_core.storage.lease import NAME, TTL, Lease, holder_of, wait_for_a_sign
+from llmft_core.storage.lease import NAME, TTL, Holder, Lease, clear, holder_of, wait_for_a_sign
 from llmft_core.storage.places import Place, Places
 from llmft_core.train.stopping import Stop
 
@@ -141,6 +142,28 @@ def test_a_holder_that_is_known_to_be_gone_is_not_waited_for(run: Place, monkeyp
     assert wait_for_a_sign(run, pytest.fail) is None
     left_by(run, "elsewhere", 1, time.time())
     assert wait_for_a_sign(run, lambda _: (Path(run.path) / NAME).unlink()) is None, "it has given it back"
+
+
+def test_a_lease_without_a_run_keeps_no_name_once_its_holder_is_gone(run: Place) -> None:
+    """A process that was killed before it could begin its run."""
+    assert name_problems(run) == []
+    left_by(run, "elsewhere", 1, time.time())
+    (problem,) = name_problems(run)
+    assert "is being written by process 1 on elsewhere" in problem.reason
+    dead = holder_of(run)
+    assert dead is not None
+    left_by(run, "elsewhere", 1, time.time(), "a third one's")
+    clear(run, dead)
+    assert holder_of(run) is not None, "it is another's by now"
+    left_by(run, "elsewhere", 1, time.time() - TTL)
+    assert name_problems(run) == []
+    stale = Holder("other", "elsewhere", 1, 7.0)
+    left_by(run, "elsewhere", 1, 7.0)
+    clear(run, stale)
+    assert list(Path(run.path).iterdir()) == []
+    (Path(run.path) / "plan.json").write_text("{}")
+    (problem,) = name_problems(run)
+    assert problem.reason.endswith("exists already: choose another --name, or remove that run")
 
 
 def test_what_is_no_lease_is_said(run: Place) -> None:

@@ -157,10 +157,14 @@ def test_a_complete_run_is_left_alone_unless_more_is_asked_of_it(
     assert f"max-steps: the run has done {STEPS + 2} of {STEPS + 2} optimizer steps: give more" in done.errors[-1]
 
 
+ELSEWHERE = {"token": "other", "host": "elsewhere", "pid": 1}
+"""Whose lease it is."""
+
+
 def test_a_run_of_a_lost_machine_is_waited_for_and_taken_over(copied: tuple[Path, list[str]], tmp_path: Path) -> None:
     """From a state that is named. Ctrl-C ends the waiting, and the lease is still the other's."""
     run, there = copied
-    left = {"token": "other", "host": "elsewhere", "pid": 1, "renewed": time.time()}
+    left = {**ELSEWHERE, "renewed": time.time()}
     (run / "lease.json").write_text(json.dumps(left))
     waiting = Running(tmp_path, "resume", str(run / "state_00000"), *there)
     try:
@@ -183,6 +187,8 @@ def test_a_job_that_its_scheduler_starts_again(tmp_path: Path) -> None:
     """The same command each time: begins the run, begins it anew, goes on with it, and has nothing left to do."""
     command, free = ["run", *RUN, *Hold.flags, "--name", "job", "--resume", "auto"], not_held(tmp_path)
     run = tmp_path / "llmft-runs" / "runs" / "job"
+    run.mkdir(parents=True)  # its first process came no further than the lease, on a machine that is gone
+    (run / "lease.json").write_text(json.dumps({**ELSEWHERE, "renewed": time.time() - TTL + 5}))
     killed_after_a_state(tmp_path, command[1:], {})
     state = (run / "state_00000").rename(tmp_path / "state_00000")  # as if it had been killed before
     for checkpoint in run.glob("checkpoint_*"):
