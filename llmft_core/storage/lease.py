@@ -13,9 +13,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 
@@ -39,6 +40,8 @@ class Holder:
     pid: int
     renewed: float
     """Seconds since 1970, by the holder's clock."""
+    machine: str = ""
+    """Where the process number counts, see `machine`; nothing: unknown."""
 
     @property
     def age(self) -> float:
@@ -51,8 +54,19 @@ class Holder:
     @property
     def gone(self) -> bool:
         """Whether nobody has been heard of for `TTL` seconds, or this machine knows that the process has ended."""
-        here = self.host == socket.gethostname()
+        here = bool(self.machine) and self.machine == machine()
         return self.age >= TTL or (here and not psutil.pid_exists(self.pid))
+
+
+@cache
+def machine() -> str:
+    """This machine since its start, and its process numbers: two containers, or a machine and the one that replaced it,
+    may have one host name. Nothing where the system (no Linux) does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def holder_of(run: Place) -> Holder | None:
@@ -178,8 +192,8 @@ class Lease:
         write_bytes(self._run / NAME, self._content())
 
     def _content(self) -> bytes:
-        said: dict[str, Any] = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid()}
-        return (json.dumps({**said, "renewed": time.time()}) + "\n").encode()
+        holder = Holder(self._token, socket.gethostname(), os.getpid(), time.time(), machine())
+        return (json.dumps(asdict(holder)) + "\n").encode()
 
 
 def _refusal(run: Place, other: Holder | None) -> InputError:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,13 @@ def test_a_lost_lease_stops_the_run_also_where_ctrl_c_is_ignored(ctrl_c: Any) ->
         signal.signal(signal.SIGINT, before)
 
 
-def left_by(run: Place, host: str, pid: int, renewed: float, token: str = "other") -> None:
+def left_by(run: Place, host: str, pid: int, renewed: float, token: str = "other", machine: str = "") -> None:
     """The lease of another process."""
     path = Path(run.path) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".written")
-    written.write_text(json.dumps({"token": token, "host": host, "pid": pid, "renewed": renewed}))
+    holder = Holder(token, host, pid, renewed, machine)
+    written.write_text(json.dumps(asdict(holder)))
     os.replace(written, path)
 
 
@@ -136,8 +138,12 @@ def test_a_holder_that_lives_is_left_alone(run: Place, monkeypatch: pytest.Monke
 def test_a_holder_that_is_known_to_be_gone_is_not_waited_for(run: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK", 0.01)
     assert wait_for_a_sign(run, pytest.fail) is None
-    left_by(run, socket.gethostname(), 2**22 + 1, time.time())  # no process has such a number
+    nobody = 2**22 + 1  # no process has such a number
+    left_by(run, socket.gethostname(), nobody, time.time(), machine=module.machine())
     assert wait_for_a_sign(run, pytest.fail) is None
+    for another in ("", "of another container"):
+        left_by(run, socket.gethostname(), nobody, time.time(), machine=another)
+        assert holder_of(run) is not None, "the same host name says nothing"
     left_by(run, "elsewhere", 1, time.time() - TTL)
     assert wait_for_a_sign(run, pytest.fail) is None
     left_by(run, "elsewhere", 1, time.time())
