@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from guarding import VOCABULARY, job_of
-from ranks import free_port, set_layout
+from ranks import forks, free_port, inherit, set_layout
 from tables import InMemory, random_table
 
 WORLD_SIZE = 2
@@ -29,10 +30,10 @@ class FileReporter:
 
 def hang(case: dict[str, Any], folder: Path, seconds: float) -> tuple[list[int | None], list[dict[str, Any]]]:
     """Two ranks of which rank 1 hangs in a forward pass; exit codes, and what the watchdogs reported."""
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
+    port, environment = free_port(), dict(os.environ)
     processes = [
-        context.Process(target=hanging_rank, args=(rank, port, case, folder, seconds)) for rank in range(WORLD_SIZE)
+        forks().Process(target=hanging_rank, args=(rank, port, case, folder, seconds, environment))
+        for rank in range(WORLD_SIZE)
     ]
     for process in processes:
         process.start()
@@ -49,7 +50,10 @@ def hang(case: dict[str, Any], folder: Path, seconds: float) -> tuple[list[int |
     return codes, [event for event in events if event["kind"] == "hung"]
 
 
-def hanging_rank(rank: int, port: int, case: dict[str, Any], folder: Path, seconds: float) -> None:
+def hanging_rank(
+    rank: int, port: int, case: dict[str, Any], folder: Path, seconds: float, environment: Mapping[str, str]
+) -> None:
+    inherit(environment)
     set_layout(rank, WORLD_SIZE, port)
     import torch
     import torch.distributed as dist

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -19,11 +22,11 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
 
     Raises AssertionError with the traceback of the first rank that failed or did not end cleanly.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     queue = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, queue, function, args))
+        context.Process(target=_rank_main, args=(rank, world_size, port, queue, function, args, dict(os.environ)))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -48,6 +51,30 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
     return [results[rank] for rank in range(world_size)]
 
 
+def forks() -> multiprocessing.context.ForkServerContext:
+    """What starts ranks: each is a fork of one process that has imported what ranks import. Five seconds of a core that
+    tests of commands pay, and these need not."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_imports"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def inherit(environment: Mapping[str, str]) -> None:
+    """A forked rank has the environment of the test that starts it, not that of the first one."""
+    assert "rank_imports" in sys.modules, "the process that ranks are forked from could not import rank_imports"
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +95,16 @@ def set_layout(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def _rank_main(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    queue: Any,
+    function: Callable[..., Any],
+    args: Any,
+    environment: Mapping[str, str],
+) -> None:
+    inherit(environment)
     set_layout(rank, world_size, port)
     import torch
     import torch.distributed as dist
