@@ -216,6 +216,13 @@ def test_a_passing_fault_in_an_upload_is_outlived(
     assert everything(behind) == ["runs/file"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\r", b"one\r", b"one\n", b"\r\n--", bytes(range(256))])
+def test_small_files_lie_there_as_they_were_written(behind: Place, content: bytes) -> None:
+    """gcsfs ends its body with a bare line feed, which swallows a carriage return before it."""
+    transfer.write_bytes(behind, content)
+    assert transfer.read_bytes(behind) == content
+
+
 def test_a_killed_upload_continues_in_another_process(
     remote: Place, behind: Place, proxy: Proxy, tmp_path: Path, node_name: str
 ) -> None:
