@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import Pairs
 from toy_tokenizers import byte_level_tokenizer
 
-from llmft_core import Conversation, DatasetFormat, InputError, Message, Problems, RowProblem, SourceOptions
+from llmft_core import Conversation, InputError, Message, Problems, RowProblem, SourceOptions
 from llmft_core.data.prepare import PreparedData, prepare
 from llmft_core.data.sources import find_sources
 from llmft_core.plan import RunPlan
@@ -59,23 +60,8 @@ CORPUS: list[tuple[bytes, str]] = [
 ]  # fmt: skip
 
 
-class Pairs(DatasetFormat):
-    name = "pairs"
-    summary = "a question and an answer"
-    options_type = SourceOptions
-    special_tokens = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")
+class Strict(Pairs):
     keys = ("q", "a")
-
-    def parse(self, row: Mapping[str, Any]) -> Conversation | RowProblem:
-        for field in ("q", "a"):
-            if not isinstance(row.get(field), str):
-                return RowProblem(field, "is missing or no text")
-        return Conversation(
-            (
-                Message("user", row["q"], False, "<START_Q>", "<END_Q>"),
-                Message("assistant", row["a"], True, "<START_A>", "<END_A>"),
-            )
-        )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepared(folder: Path, tokenizer: Any, context_length: int = 64, **data: Any) -> PreparedData:
-    dataset = Pairs(SourceOptions.model_validate({"source": "d"}))
+    dataset = Strict(SourceOptions.model_validate({"source": "d"}))
     options = {name.replace("_", "-"): value for name, value in {"on_long": "error", **data}.items()}
     plan = RunPlan.model_validate({"context-length": context_length, "data": options})
     return prepare(dataset, find_sources(dataset, None, plan.data.mix), plan, tokenizer, "print", folder / "cache")
@@ -203,7 +189,7 @@ def test_what_looks_wrong_is_said_and_trains(folder: Path, tokenizer: Any) -> No
     assert warnings(PreparedData.open(data.folder)) == expected
     # The same bytes elsewhere: the names are today's.
     (folder / "d").rename(folder / "e")
-    dataset = Pairs(SourceOptions.model_validate({"source": "e"}))
+    dataset = Strict(SourceOptions.model_validate({"source": "e"}))
     plan = RunPlan.model_validate({"context-length": 64, "data": {"on-long": "error"}})
     moved = prepare(dataset, find_sources(dataset, None, plan.data.mix), plan, tokenizer, "print", folder / "cache")
     assert moved.folder == data.folder

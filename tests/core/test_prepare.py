@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import Bench, Pairs, pairs
-from toy_tokenizers import byte_level_tokenizer
 
 from llmft_core import (
     InputError,
@@ -36,14 +35,9 @@ class MadePairs(Pairs):
         return ({"q": f"{number}+1", "a": str(number + 1)} for number in range(20)) if split == "train" else None
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_level_tokenizer()
-
-
 @pytest.fixture
-def bench(tmp_path: Path, tokenizer: Any) -> Bench:
-    return Bench(tmp_path, tokenizer)
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
 def test_rows_become_tables(bench: Bench) -> None:
@@ -169,8 +163,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from bench import Bench
-from toy_tokenizers import byte_level_tokenizer
-data = Bench(Path(sys.argv[2]), byte_level_tokenizer()).prepare()
+data = Bench(Path(sys.argv[2])).prepare()
 print(data.digest, len(data.train))
 """
 

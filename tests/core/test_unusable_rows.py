@@ -11,7 +11,6 @@ import pytest
 from bench import Bench, Pairs, long_rows, pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_tokenizers import byte_level_tokenizer
 
 from llmft_core import (
     Conversation,
@@ -25,14 +24,9 @@ from llmft_core.data.build import held_out
 from llmft_core.data.prepare import PreparedData
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_level_tokenizer()
-
-
 @pytest.fixture
-def bench(tmp_path: Path, tokenizer: Any) -> Bench:
-    return Bench(tmp_path, tokenizer)
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
 # --- rows that cannot be used -------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from toy_tokenizers import TAGS
+from toy_tokenizers import TAGS, byte_level_tokenizer
 
 from llmft_core import (
     Conversation,
@@ -39,11 +40,16 @@ class Pairs(DatasetFormat):
         )
 
 
-class Bench:
-    """A dataset folder and a cache."""
+@cache
+def _tokenizer() -> Any:
+    return byte_level_tokenizer()
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.source, self.cache, self.tokenizer = folder / "source", folder / "cache", tokenizer
+
+class Bench:
+    """A dataset folder, a cache, and a tokenizer with the tags of `Pairs`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.cache, self.tokenizer = folder / "source", folder / "cache", _tokenizer()
         self.source.mkdir(exist_ok=True)
 
     def write(self, split: str, rows: list[Any]) -> None:
