@@ -17,7 +17,7 @@ from typing import Literal
 from llmft_core.errors import InputError, LlmftError
 from llmft_core.storage.engine import Progress
 from llmft_core.storage.faults import Patience, attempt, refused
-from llmft_core.storage.objects import info, modified
+from llmft_core.storage.objects import info, modified, store
 from llmft_core.storage.places import Place
 from llmft_core.storage.transfer import create, download_many, list_names, read_bytes, upload_many
 
@@ -57,7 +57,7 @@ class Probe:
 
     def write(self) -> None:
         """Put it there."""
-        attempt(self.place, lambda: self.place.fs.pipe_file(self.sample.path, self.content), PATIENCE)
+        attempt(self.place, lambda: store(self.sample, self.content), PATIENCE)
 
     def read(self) -> None:
         """Read it back, and compare."""

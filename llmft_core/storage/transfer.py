@@ -16,7 +16,7 @@ from llmft_core.errors import InputError
 from llmft_core.storage.downloads import Exchange, download_files
 from llmft_core.storage.engine import STANDARD_BUDGET, Budget, FileDone, Progress
 from llmft_core.storage.faults import attempt
-from llmft_core.storage.objects import fetch, info, modified, version_of
+from llmft_core.storage.objects import fetch, info, modified, store, version_of
 from llmft_core.storage.places import Place, checked_name
 from llmft_core.storage.uploads import upload_files
 
@@ -110,14 +110,7 @@ def read_bytes(place: Place, limit: int | None = None) -> bytes:
 
 def write_bytes(place: Place, data: bytes) -> None:
     """Writes a small file, over one that is there; under a checksum where the backend offers verified uploads."""
-
-    def write() -> None:
-        if (writes := place.verified_uploads) is not None:
-            writes.put(place.path, memoryview(data))
-        else:
-            place.fs.pipe_file(place.path, data)
-
-    attempt(place, write)
+    attempt(place, lambda: store(place, data))
 
 
 def open_read(place: Place) -> BinaryIO:

@@ -153,12 +153,13 @@ class S3Storage(StorageBackend):
             )
         if "FileNotFoundError" in names:
             return f"{path}: there is no such object in bucket {bucket} of {where}: check the path"
-        if names & {"ConnectTimeoutError", "ReadTimeoutError", "TimeoutError"}:
+        refused = "EndpointConnectionError" in names  # whose cause, urllib3's error, is one of its time-outs too
+        if not refused and names & {"ConnectTimeoutError", "ReadTimeoutError", "TimeoutError"}:
             return (
                 f"{path}: {where} did not answer in time ({said or 'time-out'}): check the network, the proxy and "
                 "--storage.endpoint-url"
             )
-        if names & {"EndpointConnectionError", "ConnectionError", "HTTPClientError"}:
+        if refused or names & {"ConnectionError", "HTTPClientError"}:
             return (
                 f"{path}: cannot reach {where} ({said}): check the network, --storage.endpoint-url and --storage.region"
             )
