@@ -268,9 +268,7 @@ def test_gcs_a_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line(caught, "did not answer in time")
 
 
-@pytest.mark.slow
 def test_gcs_nobody_listens() -> None:
-    """gcsfs repeats a refused connection for half a minute; nothing switches that off."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
         check_storage.probe(runs("gcs", bucket="b", endpoint_url=endpoint, anonymous=True))

@@ -124,12 +124,13 @@ class GcsStorage(StorageBackend):
             )
         if "DamagedOnTheWay" in names:
             return f"{path}: {said}: something between this machine and {where} damages data: check the proxy"
-        if names & {"TimeoutError", "Timeout"}:
+        refused = "NewConnectionError" in names  # urllib3's, which is one of its time-outs too
+        if not refused and names & {"TimeoutError", "Timeout"}:
             return (
                 f"{path}: {where} did not answer in time ({said or 'time-out'}): check the network, the proxy and "
                 "--storage.endpoint-url"
             )
-        if names & {"ClientConnectionError", "ConnectionError"}:
+        if refused or names & {"ClientConnectionError", "ConnectionError"}:
             return f"{path}: cannot reach {where} ({said}): check the network, the proxy and --storage.endpoint-url"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{path}: the disk of this machine is full: free space"
