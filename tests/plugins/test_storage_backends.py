@@ -20,7 +20,7 @@ from llmft_core.errors import InputError, LlmftError
 from llmft_core.loading import load_plugins
 from llmft_core.storage import check_storage, faults, transfer
 from llmft_core.storage.places import Place, Places
-from llmft_plugins.storage import gcs, s3
+from llmft_plugins.storage import gcs_client, s3
 
 CATALOG = Catalog(load_plugins())
 
@@ -260,7 +260,7 @@ def test_gcs_no_credentials_never_means_anonymous(gcs_server: GcsServer) -> None
 
 
 def test_gcs_a_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gcs, "REQUEST_TIMEOUT", 1)
+    monkeypatch.setattr(gcs_client, "READ_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = runs("gcs", bucket="b", endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}", anonymous=True)
         with pytest.raises(InputError) as caught:
