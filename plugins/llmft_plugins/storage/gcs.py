@@ -131,7 +131,9 @@ class GcsStorage(StorageBackend):
                 "--storage.endpoint-url"
             )
         if refused or names & {"ClientConnectionError", "ConnectionError"}:
-            return f"{path}: cannot reach {where} ({said}): check the network, the proxy and --storage.endpoint-url"
+            # of a refused one the innermost: what requests says around it is long
+            why = str([*_chain(error)][-1]) if refused else said
+            return f"{path}: cannot reach {where} ({why}): check the network, the proxy and --storage.endpoint-url"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{path}: the disk of this machine is full: free space"
         if codes & {"429", "500", "502", "503", "504"}:

@@ -160,8 +160,10 @@ class S3Storage(StorageBackend):
                 "--storage.endpoint-url"
             )
         if refused or names & {"ConnectionError", "HTTPClientError"}:
+            # of a refused one the innermost: the operating system's own words
+            why = str([*_chain(error)][-1]) if refused else said
             return (
-                f"{path}: cannot reach {where} ({said}): check the network, --storage.endpoint-url and --storage.region"
+                f"{path}: cannot reach {where} ({why}): check the network, --storage.endpoint-url and --storage.region"
             )
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{path}: the disk of this machine is full: free space"
