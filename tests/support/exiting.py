@@ -17,7 +17,7 @@ from typing import Any
 from ranks import free_port, set_layout
 
 WORLD_SIZE, TOTAL = 2, 3
-STOP_AFTER = 2  # optimizer steps
+STOP_AFTER = 1  # optimizer steps: the signal then comes in time for the sum of step 2, which ends the run before step 3
 ENDS_WITHIN = 240  # seconds; this is a limit for a hanging rank, not a promise
 ABORTED = ("terminate called", "Aborted", "Fatal Python error", "free()", "corrupted", "Segmentation", "core dumped")
 
@@ -40,7 +40,7 @@ def aborted(said: str) -> list[str]:
 def make_job(folder: Path, strategy: dict[str, Any], end: str) -> None:
     """Write `job.json` into an empty folder: three steps of the built-in model on the built-in data, with a state, an
     evaluation and a checkpoint. `end`: `done`, `nan` (the loss of step 2 is no number, on rank 1), or `stopped` (rank 0
-    gets SIGTERM after step 2)."""
+    gets SIGTERM after step 1, so that step 2 is the last)."""
     from llmft_core.catalog import Catalog
     from llmft_core.loading import load_plugins
     from llmft_core.plan import RunPlan
@@ -111,7 +111,7 @@ def main(folder: Path, rank: int, port: int) -> int:
         real, passes = loop.micro_batch_loss, iter(range(1000))
         loop.micro_batch_loss = lambda *args: real(*args) * (float("nan") if next(passes) == 2 else 1.0)
 
-    done = 0
+    done = 0  # optimizer steps, on rank 0, which alone tells of them
 
     def on_event(event: dict[str, Any]) -> None:
         nonlocal done
