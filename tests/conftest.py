@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import Proxy, fault_proxy
 from hypothesis import HealthCheck, settings
 from servers import GcsServer, S3Server, gcs_emulator, moto, rclone_s3
 
@@ -76,6 +77,22 @@ def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
     """The GCS emulator, without credentials."""
     with gcs_emulator(tmp_path_factory.mktemp("gcs")) as server:
         yield server
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Before rclone, with its key in the environment; waits between attempts take no time."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llmft_core.storage.faults.sleep", lambda seconds: None)
+    with fault_proxy(s3_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def own_name(request: pytest.FixtureRequest) -> str:
+    """A name for files in a bucket that are this test's alone."""
+    return str(request.node.name).replace("/", "-").replace("[", "-").replace("]", "")
 
 
 def _shared(path: Path) -> Path:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, Proxy, fault_proxy, refusal
+from fault_proxy import Fault, Proxy, refusal
 from servers import S3Server
 from toy_tokenizers import save_toy_tokenizer
 
 from llmft_core.cli.main import main
-from llmft_core.storage import faults
 
 
 @pytest.fixture
@@ -31,16 +29,6 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text("{}")
     save_toy_tokenizer(folder)
     return folder
-
-
-@pytest.fixture
-def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Before rclone, with its key in the environment; waits between attempts take no time."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(faults, "sleep", lambda seconds: None)
-    with fault_proxy(s3_server.endpoint_url) as running:
-        yield running
 
 
 def checkpoint(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -134,35 +122,35 @@ def test_a_target_that_holds_anything_else_is_left_alone(
 
 
 def test_an_interrupted_push_continues(
-    kept: Path, proxy: Proxy, s3_server: S3Server, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kept: Path, s3_proxy: Proxy, s3_server: S3Server, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """The proxy refuses the manifest: all files are there, and no checkpoint. Then only the rest is sent."""
     target = f"s3://bucket/{request.node.name}/checkpoint_00003"
-    reach = ("--backends.s3.endpoint-url", proxy.url)
+    reach = ("--backends.s3.endpoint-url", s3_proxy.url)
     forbidden = refusal("403 Forbidden", "AccessDenied")
-    proxy.faults = [Fault(lambda head: head.startswith(b"PUT ") and b"/manifest.json" in head, 1, answer=forbidden)]
+    s3_proxy.faults = [Fault(lambda head: head.startswith(b"PUT ") and b"/manifest.json" in head, 1, answer=forbidden)]
     code, _, err = checkpoint(capsys, "push", str(kept), target, *reach)
     assert code == 2
     assert "access denied" in err.splitlines()[-1]
     assert checkpoint(capsys, "verify", target, *reach)[0] == 2, "not a checkpoint"
-    sent = proxy.count(b"PUT")
+    sent = s3_proxy.count(b"PUT")
     code, out, _ = checkpoint(capsys, "push", str(kept), target, *reach)
     assert code == 0
     assert "lay there already" in out
-    assert proxy.count(b"PUT") - sent == 2, "manifest and marker"
+    assert s3_proxy.count(b"PUT") - sent == 2, "manifest and marker"
     assert checkpoint(capsys, "verify", target, *reach)[0] == 0
 
 
 def test_a_full_store_is_said_in_one_line(
-    kept: Path, proxy: Proxy, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kept: Path, s3_proxy: Proxy, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """The proxy answers as MinIO does when its disks are full (507 with its own code). No server here really is full:
     this shows what is made of that answer, not that a full server gives it."""
     full = refusal("507 Insufficient Storage", "XMinioStorageFull")
-    proxy.faults = [Fault(lambda head: head.startswith(b"PUT "), 99, answer=full)]
+    s3_proxy.faults = [Fault(lambda head: head.startswith(b"PUT "), 99, answer=full)]
     target = f"s3://bucket/{request.node.name}/checkpoint_00003"
-    code, _, err = checkpoint(capsys, "push", str(kept), target, "--backends.s3.endpoint-url", proxy.url)
+    code, _, err = checkpoint(capsys, "push", str(kept), target, "--backends.s3.endpoint-url", s3_proxy.url)
     assert code == 1
     assert "has no room for it" in err.splitlines()[-1]
-    assert proxy.count(b"PUT") <= 16, "asked once for each file at most"
+    assert s3_proxy.count(b"PUT") <= 16, "asked once for each file at most"
     assert os.listdir(kept)

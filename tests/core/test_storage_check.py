@@ -20,8 +20,6 @@ from llmft_core.storage import faults, transfer
 from llmft_core.storage.check_storage import clock_finding
 from llmft_core.storage.places import Place, Places
 
-# aiohttp says so of every upload by gcsfs above 1 MiB; outside of tests Python does not show it.
-pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly with raw bytes:ResourceWarning")
 FORBIDDEN = refusal("403 Forbidden", "AccessDenied")
 
 

@@ -195,14 +195,13 @@ LAYOUTS = ("owner--name", "owner/name", "models--owner--name/snapshots/abc")
 
 
 @pytest.fixture
-def mirror(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Mirror]:
+def mirror(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, own_name: str) -> Iterator[Mirror]:
     """A mirror in S3 of this test alone. Nobody may ask the hub in a test."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    name = str(request.node.name).replace("/", "-").replace("[", "-").replace("]", "")
     with fault_proxy(s3_server.endpoint_url) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield Mirror(f"s3://bucket/{name}", proxy)
+        yield Mirror(f"s3://bucket/{own_name}", proxy)
 
 
 @pytest.fixture

@@ -24,9 +24,6 @@ from llmft_plugins.storage import gcs_client, s3
 
 CATALOG = Catalog(load_plugins())
 
-# aiohttp says so of every upload by gcsfs above 1 MiB; outside of tests Python does not show it.
-pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly with raw bytes:ResourceWarning")
-
 
 def runs(name: str, **options: Any) -> Place:
     """Where runs lie, for options in Python's spelling."""
@@ -46,9 +43,9 @@ def s3_runs(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 
 @pytest.fixture(params=["rclone", "moto", "gcs"])
-def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def folder(request: pytest.FixtureRequest, own_name: str, monkeypatch: pytest.MonkeyPatch) -> Place:
     """An empty folder in each of the servers."""
-    prefix = f"round/{request.node.name}".replace("[", "-").replace("]", "")
+    prefix = f"round/{own_name}"
     if request.param == "gcs":
         emulator: GcsServer = request.getfixturevalue("gcs_server")
         return runs("gcs", bucket=emulator.bucket, prefix=prefix, endpoint_url=emulator.endpoint_url, anonymous=True)

@@ -30,9 +30,6 @@ MIB = 2**20
 LARGE = 11 * MIB
 PARTS = Budget(concurrency=2, chunk=5 * MIB)
 
-# aiohttp says so of every upload by gcsfs above 1 MiB; outside of tests Python does not show it.
-pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly with raw bytes:ResourceWarning")
-
 
 @dataclass
 class Store:
@@ -57,9 +54,8 @@ class Store:
 
 
 @pytest.fixture(params=["s3", "gcs"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    prefix = str(request.node.name).replace("[", "-").replace("]", "")
-    options = {"bucket": "bucket", "prefix": prefix}
+def store(request: pytest.FixtureRequest, own_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    options = {"bucket": "bucket", "prefix": own_name}
     if request.param == "gcs":
         google: GcsServer = request.getfixturevalue("gcs_server")
         with fault_proxy(google.endpoint_url) as proxy:
