@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import Fault, Proxy, google_refusal
 from gcs_transfers import reads
-from transfers import MIB, SMALL, sha256
+from transfers import MIB, SMALL, passing_faults, sha256
 
 from llmft_core import ChangedMeanwhile, LlmftError
 from llmft_core.storage import transfer
@@ -16,16 +16,7 @@ from llmft_core.storage.places import Place
 from llmft_plugins.storage import gcs_client
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(reads, 3, reset_after=1000),
-        Fault(reads, 3, truncate_after=70_000),
-        Fault(reads, 3, status_503=True),
-        Fault(reads, 1, hang=True),
-    ],
-    ids=["reset", "truncated", "503", "hang"],
-)
+@passing_faults(reads)
 def test_a_passing_fault_in_a_download_is_outlived(
     remote: Place, stored: bytes, proxy: Proxy, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:

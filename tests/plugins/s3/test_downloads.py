@@ -13,7 +13,7 @@ import pytest
 from fault_proxy import Fault, Proxy, fault_proxy, refusal
 from s3_transfers import gets, in_process, lay, place_at
 from servers import S3Server
-from transfers import MIB, SMALL, sha256, wait_for
+from transfers import MIB, SMALL, passing_faults, sha256, wait_for
 
 from llmft_core import ChangedMeanwhile, LlmftError
 from llmft_core.storage import transfer
@@ -35,25 +35,17 @@ def test_in_chunks_and_in_order(remote: Place, stored: bytes, s3_proxy: Proxy, t
     assert told[-1] == (len(stored), len(stored))
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(gets, 3, reset_after=1000),
-        Fault(gets, 3, truncate_after=70_000),
-        Fault(gets, 3, status_503=True),
-        Fault(gets, 1, hang=True),
-    ],
-    ids=["reset", "truncated", "503", "hang"],
-)
+@passing_faults(gets)
 def test_a_passing_fault_is_outlived(
     remote: Place, stored: bytes, s3_proxy: Proxy, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault.hang:
         monkeypatch.setattr(s3, "READ_TIMEOUT", 3)
+    times = fault.times
     s3_proxy.faults = [fault]
     transfer.download_many([(remote, tmp_path / "copy", sha256(stored))], budget=SMALL)
     assert (tmp_path / "copy").read_bytes() == stored
-    assert s3_proxy.count(b"GET") == 6 + (1 if fault.hang else 3)
+    assert s3_proxy.count(b"GET") == 6 + times
 
 
 def test_503_for_ever_ends_in_one_line(remote: Place, stored: bytes, s3_proxy: Proxy, tmp_path: Path) -> None:
