@@ -1,8 +1,4 @@
-"""Who moves files to and from S3 in `storage.py`: each makes a client and gives (download, upload).
-
-What llmft has done when it returns, the others are given to do as well: `finish` after a download, `hash_all` after an
-upload.
-"""
+"""Who moves files to and from S3 in `storage.py`: each makes a client and gives (download, upload)."""
 
 from __future__ import annotations
 

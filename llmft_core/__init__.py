@@ -1,6 +1,15 @@
 """The façade: all that a plugin's code imports from llmft."""
 
-from llmft_core.errors import ChangedMeanwhile, InputError, LlmftError, Problem, Problems, close_match
+from llmft_core.errors import (
+    ChangedMeanwhile,
+    InputError,
+    LlmftError,
+    Problem,
+    Problems,
+    close_match,
+    error_chain,
+    system_words,
+)
 from llmft_core.extensions import (
     API_VERSION,
     DatasetFormat,
@@ -75,5 +84,7 @@ __all__ = [
     "VerifiedUploads",
     "close_match",
     "comma_separated",
+    "error_chain",
     "hookimpl",
+    "system_words",
 ]

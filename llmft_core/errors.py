@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -66,6 +66,23 @@ class Problems(InputError):
 def one_line(error: BaseException) -> str:
     """An error and its notes as one line, white space folded."""
     return " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def system_words(error: BaseException) -> str:
+    """What the operating system said, where an error came from that (`[Errno 111] Connection refused`); else nothing.
+    Clients of stores wrap it in long words of their own."""
+    said = [str(link) for link in error_chain(error) if isinstance(link, OSError) and link.errno is not None]
+    return said[-1] if said else ""
 
 
 def close_match(word: str, candidates: Iterable[str]) -> str:

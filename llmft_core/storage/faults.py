@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
-from llmft_core.errors import InputError, LlmftError
+from llmft_core.errors import InputError, LlmftError, error_chain
 from llmft_core.storage.places import Place
 
 T = TypeVar("T")
@@ -57,21 +57,11 @@ class Patience:
 STANDARD = Patience()
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-
-
 def transient(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment. Never for what is missing, forbidden or full."""
-    if users_fault(error) or any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in chain(error)):
+    if users_fault(error) or any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in error_chain(error)):
         return False
-    for link in chain(error):
+    for link in error_chain(error):
         for base in type(link).__mro__:
             if base.__name__ in _TRANSIENT_TYPES.get(base.__module__, ()):
                 return True
@@ -90,12 +80,12 @@ def users_fault(error: BaseException) -> bool:
 
 def refused(error: BaseException) -> bool:
     """Whether the store understood the request and does not permit it."""
-    return any(isinstance(link, PermissionError) or _status(link) in (401, 403) for link in chain(error))
+    return any(isinstance(link, PermissionError) or _status(link) in (401, 403) for link in error_chain(error))
 
 
 def asked_wait(error: BaseException) -> float:
     """Seconds that the store itself asks to wait (Retry-After); 0 where it does not say, or gives a date."""
-    for link in chain(error):
+    for link in error_chain(error):
         response = getattr(link, "response", None)
         headers = _metadata(link).get("HTTPHeaders") or getattr(response, "headers", None)
         headers = headers or getattr(link, "headers", None)  # botocore; requests; aiohttp

@@ -122,10 +122,10 @@ def test_a_target_that_holds_anything_else_is_left_alone(
 
 
 def test_an_interrupted_push_continues(
-    kept: Path, s3_proxy: Proxy, s3_server: S3Server, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kept: Path, s3_proxy: Proxy, s3_server: S3Server, capsys: pytest.CaptureFixture[str], own_name: str
 ) -> None:
     """The proxy refuses the manifest: all files are there, and no checkpoint. Then only the rest is sent."""
-    target = f"s3://bucket/{request.node.name}/checkpoint_00003"
+    target = f"s3://bucket/{own_name}/checkpoint_00003"
     reach = ("--backends.s3.endpoint-url", s3_proxy.url)
     forbidden = refusal("403 Forbidden", "AccessDenied")
     s3_proxy.faults = [Fault(lambda head: head.startswith(b"PUT ") and b"/manifest.json" in head, 1, answer=forbidden)]
@@ -142,13 +142,13 @@ def test_an_interrupted_push_continues(
 
 
 def test_a_full_store_is_said_in_one_line(
-    kept: Path, s3_proxy: Proxy, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    kept: Path, s3_proxy: Proxy, capsys: pytest.CaptureFixture[str], own_name: str
 ) -> None:
     """The proxy answers as MinIO does when its disks are full (507 with its own code). No server here really is full:
     this shows what is made of that answer, not that a full server gives it."""
     full = refusal("507 Insufficient Storage", "XMinioStorageFull")
     s3_proxy.faults = [Fault(lambda head: head.startswith(b"PUT "), 99, answer=full)]
-    target = f"s3://bucket/{request.node.name}/checkpoint_00003"
+    target = f"s3://bucket/{own_name}/checkpoint_00003"
     code, _, err = checkpoint(capsys, "push", str(kept), target, "--backends.s3.endpoint-url", s3_proxy.url)
     assert code == 1
     assert "has no room for it" in err.splitlines()[-1]

@@ -6,14 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Proxy, fault_proxy
-from servers import S3Server
+from fault_proxy import Proxy
 
 from llmft_core import InputError
 from llmft_core.catalog import Catalog
@@ -195,13 +193,10 @@ LAYOUTS = ("owner--name", "owner/name", "models--owner--name/snapshots/abc")
 
 
 @pytest.fixture
-def mirror(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, own_name: str) -> Iterator[Mirror]:
+def mirror(s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch, own_name: str) -> Mirror:
     """A mirror in S3 of this test alone. Nobody may ask the hub in a test."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    with fault_proxy(s3_server.endpoint_url) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield Mirror(f"s3://bucket/{own_name}", proxy)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.url)
+    return Mirror(f"s3://bucket/{own_name}", s3_proxy)
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_nobody_listens(s3_runs: Callable[..., Place]) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
         check_storage.probe(s3_runs(endpoint_url=endpoint))
-    one_line(caught, f"cannot reach {endpoint}", "--storage.endpoint-url")
+    one_line(caught, f"cannot reach {endpoint} ([Errno 111] Conn", "--storage.endpoint-url")
 
 
 def test_a_silent_server(s3_runs: Callable[..., Place], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_gcs_nobody_listens() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError) as caught:
         check_storage.probe(runs("gcs", bucket="b", endpoint_url=endpoint, anonymous=True))
-    one_line(caught, f"cannot reach {endpoint}", "--storage.endpoint-url")
+    one_line(caught, f"cannot reach {endpoint} ([Errno 111] Conn", "--storage.endpoint-url")
 
 
 @pytest.mark.parametrize(

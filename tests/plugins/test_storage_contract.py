@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_transfers import CATALOG, place_at
+from s3_transfers import place_at
 from servers import S3Server
+from transfers import CATALOG
 
 from llmft_core import InputError
 from llmft_core.storage import transfer

@@ -14,58 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, Proxy, fault_proxy, google_refusal, refusal
-from servers import GcsServer, S3Server
+from fault_proxy import Fault, Proxy, fault_proxy, google_refusal
+from servers import GcsServer
+from stores import Store
+from transfers import CATALOG, MIB
 
 from llmft_core import InputError, LlmftError
-from llmft_core.catalog import Catalog
 from llmft_core.cli.main import main
-from llmft_core.loading import load_plugins
 from llmft_core.storage import faults, transfer
 from llmft_core.storage.engine import Budget
 from llmft_core.storage.places import Place, Places
 
-CATALOG = Catalog(load_plugins())
-MIB = 2**20
 LARGE = 11 * MIB
 PARTS = Budget(concurrency=2, chunk=5 * MIB)
-
-
-@dataclass
-class Store:
-    """One of the servers behind a proxy. `refused` makes its answer of an error: status, S3's code, Google's words."""
-
-    name: str
-    proxy: Proxy
-    options: dict[str, Any]
-
-    @property
-    def folder(self) -> Place:
-        return Places(CATALOG, {"name": self.name, **self.options}, {}).runs()
-
-    @property
-    def flags(self) -> list[str]:
-        given = {f"--storage.{name}": value for name, value in self.options.items()}
-        words = [[name] if value is True else [name, str(value)] for name, value in given.items()]
-        return ["--storage", self.name, *(word for pair in words for word in pair)]
-
-    def refused(self, status: str, code: str, *headers: str) -> bytes:
-        return refusal(status, code, *headers) if self.name == "s3" else google_refusal(status, code, *headers)
-
-
-@pytest.fixture(params=["s3", "gcs"])
-def store(request: pytest.FixtureRequest, own_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    options = {"bucket": "bucket", "prefix": own_name}
-    if request.param == "gcs":
-        google: GcsServer = request.getfixturevalue("gcs_server")
-        with fault_proxy(google.endpoint_url) as proxy:
-            yield Store("gcs", proxy, {**options, "endpoint-url": proxy.url, "anonymous": True})
-        return
-    amazon: S3Server = request.getfixturevalue("s3_server")
-    for name, value in amazon.environment.items():
-        monkeypatch.setenv(name, value)
-    with fault_proxy(amazon.endpoint_url) as proxy:
-        yield Store("s3", proxy, {**options, "endpoint-url": proxy.url})
 
 
 def writes(head: bytes) -> bool:

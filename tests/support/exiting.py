@@ -111,11 +111,7 @@ def main(folder: Path, rank: int, port: int) -> int:
         real, passes = loop.micro_batch_loss, iter(range(1000))
         loop.micro_batch_loss = lambda *args: real(*args) * (float("nan") if next(passes) == 2 else 1.0)
 
-    done = 0  # optimizer steps, on rank 0, which alone tells of them
-
     def on_event(event: dict[str, Any]) -> None:
-        nonlocal done
-        done = event["step"] if event["kind"] == "metrics" else done
         if end == "stopped" and rank == 0 and event["kind"] == "metrics" and event["step"] == STOP_AFTER:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -130,7 +126,7 @@ def main(folder: Path, rank: int, port: int) -> int:
             return error.exit_code
         finally:
             end_process_groups()
-    return Terminated.exit_code if end == "stopped" and done < job.total_steps else 0
+    return Terminated.exit_code if end == "stopped" and watch.unfinished else 0
 
 
 def native_threads() -> list[str]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from llmft_core.catalog import Catalog
+from transfers import CATALOG, in_process
+
 from llmft_core.extensions import VerifiedUploads
-from llmft_core.loading import load_plugins
 from llmft_core.storage import transfer
 from llmft_core.storage.places import Place, Places
 
-CATALOG = Catalog(load_plugins())
+
+def storage_at(url: str, test: str) -> dict[str, Any]:
+    """A plan's storage."""
+    return {"name": "gcs", "bucket": "bucket", "endpoint-url": url, "prefix": test, "anonymous": True}
 
 
 def folder_at(url: str, test: str) -> Place:
-    options = {"bucket": "bucket", "endpoint-url": url, "prefix": test, "anonymous": True}
-    return Places(CATALOG, {"name": "gcs", **options}, {}).runs()
+    return Places(CATALOG, storage_at(url, test), {}).runs()
 
 
 def writes_of(place: Place) -> VerifiedUploads:
@@ -53,18 +54,5 @@ def reads(head: bytes) -> bool:
 
 def uploader(url: str, test: str, source: Path, chunk: int) -> subprocess.Popen[str]:
     """Uploads a file part by part in a process of its own, and prints its SHA-256."""
-    code = f"""
-        import sys
-        from pathlib import Path
-        from llmft_core.catalog import Catalog
-        from llmft_core.loading import load_plugins
-        from llmft_core.storage import transfer
-        from llmft_core.storage.engine import Budget
-        from llmft_core.storage.places import Places
-        options = {{"bucket": "bucket", "endpoint-url": {url!r}, "prefix": {test!r}, "anonymous": True}}
-        place = Places(Catalog(load_plugins()), {{"name": "gcs", **options}}, {{}}).runs() / "file"
-        print(transfer.upload_many([(Path(sys.argv[1]), place)], budget=Budget(1, {chunk}))[0])
-    """
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(source)], stdout=subprocess.PIPE, text=True
-    )
+    code = "print(transfer.upload_many([(Path(arguments[0]), place)], budget=Budget(1, int(arguments[1])))[0])"
+    return in_process(code, storage_at(url, test), str(source), str(chunk))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+from typing import Any
 
 from servers import S3Server
+from transfers import CATALOG
 
-from llmft_core.catalog import Catalog
-from llmft_core.loading import load_plugins
 from llmft_core.storage import transfer
 from llmft_core.storage.places import Place, Places
 
-CATALOG = Catalog(load_plugins())
+
+def storage_at(url: str, test: str) -> dict[str, Any]:
+    """A plan's storage."""
+    return {"name": "s3", "bucket": "bucket", "endpoint-url": url, "prefix": test}
 
 
 def place_at(url: str, name: str, test: str) -> Place:
-    options = {"bucket": "bucket", "endpoint-url": url, "prefix": test}
-    return Places(CATALOG, {"name": "s3", **options}, {}).runs() / name
+    return Places(CATALOG, storage_at(url, test), {}).runs() / name
 
 
 def lay(server: S3Server, remote: Place, content: bytes) -> None:
@@ -40,22 +39,3 @@ def gets(head: bytes) -> bool:
 
 def puts(head: bytes) -> bool:
     return head.startswith(b"PUT ")
-
-
-def in_process(code: str, url: str, test: str, *arguments: str) -> subprocess.Popen[str]:
-    """Runs code in a fresh process, with `place`, `transfer`, `Budget`, `MIB` and `arguments` at hand."""
-    start = f"""
-        import resource, sys, os
-        from pathlib import Path
-        from llmft_core.catalog import Catalog
-        from llmft_core.loading import load_plugins
-        from llmft_core.storage import transfer
-        from llmft_core.storage.engine import Budget
-        from llmft_core.storage.places import Places
-        MIB = 2**20
-        arguments = sys.argv[1:]
-        options = {{"bucket": "bucket", "endpoint-url": {url!r}, "prefix": {test!r}}}
-        place = Places(Catalog(load_plugins()), {{"name": "s3", **options}}, {{}}).runs() / "file"
-    """
-    program = textwrap.dedent(start) + textwrap.dedent(code)
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import signal
+import subprocess
+import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import pytest
-from fault_proxy import Fault
-
+from llmft_core.catalog import Catalog
+from llmft_core.loading import load_plugins
 from llmft_core.storage.engine import Budget
 
+CATALOG = Catalog(load_plugins())
 KIB, MIB = 2**10, 2**20
 SMALL = Budget(concurrency=4, chunk=MIB)
 
@@ -19,19 +24,35 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def in_process(code: str, storage: Mapping[str, Any], *arguments: str) -> subprocess.Popen[str]:
+    """Runs code in a fresh process, with `place`, `transfer`, `Budget`, `MIB` and `arguments` at hand. `storage`: a
+    plan's; the place is `file` among its runs."""
+    start = f"""
+        import resource, sys, os
+        from pathlib import Path
+        from llmft_core.catalog import Catalog
+        from llmft_core.loading import load_plugins
+        from llmft_core.storage import transfer
+        from llmft_core.storage.engine import Budget
+        from llmft_core.storage.places import Places
+        MIB = 2**20
+        arguments = sys.argv[1:]
+        place = Places(Catalog(load_plugins()), {dict(storage)!r}, {{}}).runs() / "file"
+    """
+    program = textwrap.dedent(start) + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def kill_once(process: subprocess.Popen[str], is_so: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Kills the process in the moment in which that is so. Fails where it ends before, or takes longer; it is gone in
+    any case."""
     until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def passing_faults(of: Callable[[bytes], bool]) -> pytest.MarkDecorator:
-    """A test for each `fault` of answers to such requests that a download has to outlive."""
-    faults = {
-        "reset": Fault(of, 3, reset_after=1000),
-        "truncated": Fault(of, 3, truncate_after=70_000),
-        "503": Fault(of, 3, status_503=True),
-        "hang": Fault(of, 1, hang=True),
-    }
-    return pytest.mark.parametrize("fault", faults.values(), ids=faults)
+    try:
+        while not is_so():
+            assert process.poll() is None, f"ended with exit code {process.returncode} before {what}"
+            assert time.monotonic() < until, f"no {what} within {seconds} s"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"ended with exit code {process.returncode}, at {what}"

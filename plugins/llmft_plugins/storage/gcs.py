@@ -5,12 +5,22 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmft_core import InputError, Options, Problem, Problems, RangedReads, StorageBackend, VerifiedUploads, hookimpl
+from llmft_core import (
+    InputError,
+    Options,
+    Problem,
+    Problems,
+    RangedReads,
+    StorageBackend,
+    VerifiedUploads,
+    error_chain,
+    hookimpl,
+    system_words,
+)
 
 if TYPE_CHECKING:
     from llmft_plugins.storage.gcs_objects import GcsObjects
@@ -102,8 +112,8 @@ class GcsStorage(StorageBackend):
         return "/".join([self.options.bucket, *filter(None, self.options.prefix.split("/"))])
 
     def explain(self, error: BaseException, path: str) -> str:
-        names = {base.__name__ for link in _chain(error) for base in type(link).__mro__}
-        codes = {str(getattr(link, "code", "")) for link in _chain(error)}
+        names = {base.__name__ for link in error_chain(error) for base in type(link).__mro__}
+        codes = {str(getattr(link, "code", "")) for link in error_chain(error)}
         bucket = path.removeprefix("gs://").partition("/")[0]
         where = self.options.endpoint_url or "Google Cloud Storage"
         said = " ".join(str(error).split())[:300]
@@ -131,22 +141,13 @@ class GcsStorage(StorageBackend):
                 "--storage.endpoint-url"
             )
         if refused or names & {"ClientConnectionError", "ConnectionError"}:
-            # of a refused one the innermost: what requests says around it is long
-            why = str([*_chain(error)][-1]) if refused else said
+            why = (refused and system_words(error)) or said
             return f"{path}: cannot reach {where} ({why}): check the network, the proxy and --storage.endpoint-url"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"{path}: the disk of this machine is full: free space"
         if codes & {"429", "500", "502", "503", "504"}:
             return f"{path}: {where} keeps failing ({said}): it is overloaded or broken; try again later"
         return f"{path}: {type(error).__name__}: {said}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 @hookimpl

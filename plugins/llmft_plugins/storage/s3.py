@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmft_core import Options, Problem, Problems, RangedReads, StorageBackend, VerifiedUploads, hookimpl
+from llmft_core import (
+    Options,
+    Problem,
+    Problems,
+    RangedReads,
+    StorageBackend,
+    VerifiedUploads,
+    error_chain,
+    hookimpl,
+    system_words,
+)
 
 if TYPE_CHECKING:
     from llmft_plugins.storage.s3_objects import S3Objects
@@ -119,8 +128,8 @@ class S3Storage(StorageBackend):
         return "/".join([self.options.bucket, *filter(None, self.options.prefix.split("/"))])
 
     def explain(self, error: BaseException, path: str) -> str:
-        names = {base.__name__ for link in _chain(error) for base in type(link).__mro__}
-        codes = {code for link in _chain(error) if (code := _code(link))}
+        names = {base.__name__ for link in error_chain(error) for base in type(link).__mro__}
+        codes = {code for link in error_chain(error) if (code := _code(link))}
         bucket = path.removeprefix("s3://").partition("/")[0]
         where = self._endpoint() or "AWS"
         said = " ".join(str(error).split())[:300]
@@ -160,8 +169,7 @@ class S3Storage(StorageBackend):
                 "--storage.endpoint-url"
             )
         if refused or names & {"ConnectionError", "HTTPClientError"}:
-            # of a refused one the innermost: the operating system's own words
-            why = str([*_chain(error)][-1]) if refused else said
+            why = (refused and system_words(error)) or said
             return (
                 f"{path}: cannot reach {where} ({why}): check the network, --storage.endpoint-url and --storage.region"
             )
@@ -172,14 +180,6 @@ class S3Storage(StorageBackend):
         if codes & _BUSY:
             return f"{path}: {where} keeps failing ({said}): it is overloaded, broken or full; try again later"
         return f"{path}: {type(error).__name__}: {said}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _code(error: BaseException) -> str:

@@ -7,35 +7,12 @@ from pathlib import Path
 import pytest
 from fault_proxy import Fault, Proxy, google_refusal
 from gcs_transfers import reads
-from transfers import MIB, SMALL, passing_faults, sha256
+from transfers import MIB
 
 from llmft_core import ChangedMeanwhile, LlmftError
 from llmft_core.storage import transfer
 from llmft_core.storage.engine import Budget
 from llmft_core.storage.places import Place
-from llmft_plugins.storage import gcs_client
-
-
-@passing_faults(reads)
-def test_a_passing_fault_in_a_download_is_outlived(
-    remote: Place, stored: bytes, proxy: Proxy, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if fault.hang:
-        monkeypatch.setattr(gcs_client, "READ_TIMEOUT", 3)
-    times = fault.times
-    proxy.faults = [fault]
-    transfer.download_many([(remote, tmp_path / "copy", sha256(stored))], budget=SMALL)
-    assert (tmp_path / "copy").read_bytes() == stored
-    assert sum(map(reads, proxy.heads)) == 6 + times
-
-
-def test_a_flipped_byte_in_a_download_is_found_where_a_hash_is_expected(
-    remote: Place, stored: bytes, proxy: Proxy, tmp_path: Path
-) -> None:
-    proxy.faults = [Fault(reads, 1, flip_answer=500_000)]
-    with pytest.raises(LlmftError, match=r"arrived, but .* were promised"):
-        transfer.download_many([(remote, tmp_path / "copy", sha256(stored))], budget=SMALL)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("told", ["by the emulator", "by Google"])

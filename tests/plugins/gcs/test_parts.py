@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import requests
 from fault_proxy import Fault, Proxy
 from gcs_transfers import composes, everything, folder_at, sends, sends_part, uploader, writes_of
 from servers import GcsServer
-from transfers import KIB, MIB, sha256, wait_for
+from transfers import KIB, MIB, kill_once, sha256
 
 from llmft_core import LlmftError
 from llmft_core.storage import transfer
@@ -28,9 +27,7 @@ def test_a_killed_upload_continues_in_another_process(
     (tmp_path / "source").write_bytes(content)
     proxy.faults = [Fault(sends_part(6), 1, hang=True)]
     first = uploader(proxy.url, own_name, tmp_path / "source", MIB)
-    wait_for(lambda: sum(map(sends, proxy.heads)) == 6)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    kill_once(first, lambda: sum(map(sends, proxy.heads)) == 6, "part 6")
     assert transfer.list_files(folder_at(proxy.url, own_name)) == {}, "no listing of runs takes parts for files"
     assert len(everything(behind)) == 5
     second = uploader(proxy.url, own_name, tmp_path / "source", MIB)
@@ -48,9 +45,11 @@ def test_one_killed_while_it_composes_continues_too(
     (tmp_path / "source").write_bytes(content)
     proxy.faults = [Fault(lambda head: composes(head) and b"runs%2Ffile" in head, 1, hang=True)]
     first = uploader(proxy.url, own_name, tmp_path / "source", 64 * KIB)
-    wait_for(lambda: any(composes(head) and b"runs%2Ffile" in head for head in proxy.heads))
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    kill_once(
+        first,
+        lambda: any(composes(head) and b"runs%2Ffile" in head for head in proxy.heads),
+        "composition of the file",
+    )
     assert transfer.list_files(folder_at(proxy.url, own_name)) == {}
     assert any(name.endswith("/00001-00032") for name in everything(behind))
     before = len(proxy.heads)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, Proxy
-from s3_transfers import held, in_process, place_at, puts
+from s3_transfers import held, place_at, puts, storage_at
 from servers import S3Server
-from transfers import MIB, SMALL, sha256, wait_for
+from transfers import MIB, SMALL, in_process, kill_once, sha256
 
 from llmft_core import LlmftError
 from llmft_core.storage import transfer
@@ -100,12 +99,10 @@ def test_a_killed_upload_continues_in_another_process(
     code = "print(transfer.upload_many([(Path(arguments[0]), place)], budget=Budget(1, 5 * MIB))[0])"
     test = remote.path.split("/")[1]
     s3_proxy.faults = [Fault(lambda head: puts(head) and b"partNumber=6" in head, 1, hang=True)]
-    first = in_process(code, s3_proxy.url, test, str(tmp_path / "source"))
-    wait_for(lambda: s3_proxy.count(b"PUT") == 6)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first = in_process(code, storage_at(s3_proxy.url, test), str(tmp_path / "source"))
+    kill_once(first, lambda: s3_proxy.count(b"PUT") == 6, "part 6")
     assert held(s3_server, remote) is None
-    second = in_process(code, s3_proxy.url, test, str(tmp_path / "source"))
+    second = in_process(code, storage_at(s3_proxy.url, test), str(tmp_path / "source"))
     assert second.communicate()[0].strip() == sha256(content)
     assert held(s3_server, remote) == content
     assert s3_proxy.count(b"PUT") == 6 + 3, "parts 1 to 5 were there"
